@@ -85,17 +85,7 @@ pub fn repository(path: &str) -> PathBuf {
 
 /// The tiny model in f32, as it is.
 pub fn options() -> PipelineOptions {
-    PipelineOptions {
-        model: repository("model/tiny"),
-        adapter: None,
-        dtype: DType::F32,
-        quantize: None,
-        min_pixels: None,
-        max_pixels: None,
-
-        gguf: Default::default(),
-        memory: None,
-    }
+    PipelineOptions::new(repository("model/tiny"), DType::F32)
 }
 
 /// The tiny model on the CPU.

@@ -1,5 +1,5 @@
-//! Random tensors for tests. Burn's own generator belongs to the whole process, so what a test drew
-//! would depend on the tests beside it.
+//! What tests of kernels share: random tensors, and a check of any backend's dropout masks. Burn's own generator
+//! belongs to the whole process, so what a test drew would depend on the tests beside it.
 
 use std::cell::RefCell;
 
@@ -10,7 +10,7 @@ use burn::{
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
-use crate::ops::cast::to_dtype;
+use crate::ops::{Dropout, ForwardOps, cast::to_dtype};
 
 const SEED: u64 = 7;
 
@@ -41,4 +41,18 @@ pub(crate) fn normal<B: Backend, const D: usize>(
     });
     let data = TensorData::new(values, shape);
     to_dtype(Tensor::from_data(data, (device, DType::F32)), dtype)
+}
+
+/// Compares dropout masks of a backend with those of the host, bit for bit.
+pub(crate) fn check_dropout_masks<B: ForwardOps>(device: &B::Device) {
+    for (rows, width, probability) in [(1, 1, 0.5), (5, 7, 0.25), (400, 4096, 0.05)] {
+        let dropout = Dropout {
+            probability,
+            seed: 0x0123_4567_89ab_cdef,
+        };
+        let like = normal::<B, 2>([rows, width], 1.0, DType::F32, device);
+        let mask = B::dropout_mask(&like, dropout).into_data();
+        let wanted = dropout.mask(rows * width);
+        assert_eq!(mask.to_vec::<f32>().unwrap(), wanted, "{rows} x {width}");
+    }
 }

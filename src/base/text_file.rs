@@ -1,7 +1,7 @@
 //! Text files as people have them: UTF-8 with or without a byte order mark, UTF-16 of either byte order, or
 //! GB18030 (GBK, GB2312), plain or packed with gzip.
 //!
-//! What cannot be told with certainty is an error and no guess: a UTF-8 file with a damaged byte would also
+//! What cannot be known with certainty is an error and no guess: a UTF-8 file with a damaged byte would also
 //! decode as GB18030, into other words.
 
 use std::fs::File;

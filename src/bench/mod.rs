@@ -257,14 +257,9 @@ impl<B: Accelerator> Bench<B> {
         let models = match &self.source {
             Source::Folder(dir, gguf) => {
                 let options = PipelineOptions {
-                    model: dir.clone(),
-                    adapter: None,
-                    dtype: self.dtype,
                     quantize: self.quantize.map(Into::into),
-                    min_pixels: None,
-                    max_pixels: None,
                     gguf: gguf.clone(),
-                    memory: None,
+                    ..PipelineOptions::new(dir.clone(), self.dtype)
                 };
                 load_models::<A>(&options, &self.config, devices, on_progress)?
             }

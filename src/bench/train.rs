@@ -33,12 +33,13 @@ use crate::{
     runtime::accelerator::{Accelerator, TrainAccelerator},
     schedule::Schedule,
     train::{
-        budget::{BudgetError, Form},
+        budget::{BudgetError, StepForm},
         config::TrainConfig,
-        learner::{StepReading, StepSettings, StepTotals, Trainee},
+        learner::{StepSettings, Trainee},
         loss_scale::LossScale,
         optimizer::AdamW,
         step_clock::{LaunchTimes, StepClock},
+        step_numbers::{StepReading, StepTotals},
         tape::Recorded,
     },
 };
@@ -82,7 +83,7 @@ impl TrainShape {
             ..TrainConfig::default()
         };
         let weights = (dtype.size() as u64, quantization);
-        let form = Form::choose(&settings, config, LONGEST, weights, gib, None)?;
+        let form = StepForm::choose(&settings, config, LONGEST, weights, gib, None)?;
         let shape = Self {
             micro_batch: (form.row_tokens / LONGEST).max(1),
             packing: form.row_tokens > 0,

@@ -155,7 +155,7 @@ impl Greeter {
                     let told = this.strangers.fetch_add(1, Ordering::Relaxed);
                     if told < TOLD_STRANGERS {
                         let last = match told + 1 == TOLD_STRANGERS {
-                            true => "; others are not told of any more",
+                            true => "; others are not reported",
                             false => "",
                         };
                         (this.options.tell)(&format!(
@@ -339,7 +339,7 @@ impl Table {
         let count = self.options.processes;
         if peer.processes != count {
             return Some(format!(
-                "it was told of {} {}s and the first one of {count}",
+                "it was started as one of {} {}s and the first one as one of {count}",
                 peer.processes, self.options.noun
             ));
         }

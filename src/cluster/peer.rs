@@ -13,7 +13,7 @@ pub type Tell = Arc<dyn Fn(&str) + Send + Sync>;
 pub struct Peer {
     /// Its number, from 0.
     pub rank: usize,
-    /// How many it was told there are.
+    /// How many it was started as one of.
     pub processes: usize,
     /// Its machine's name.
     pub host: String,

@@ -290,7 +290,7 @@ fn those_that_do_not_belong_are_turned_away_and_the_others_meet() {
         assert!(none.is_err());
         let twice = Cluster::meet(meeting(0, 3, port, 2.0).into_rank(2));
         let text = twice.err().unwrap().to_string();
-        assert!(text.contains("told of 3 nodes"), "{text}");
+        assert!(text.contains("one of 3 nodes"), "{text}");
         let other = Cluster::meet(Meeting {
             launch: Launch {
                 id: Some("yesterday".into()),

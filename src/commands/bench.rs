@@ -196,7 +196,7 @@ pub fn run(command: BenchCommand) -> Result<()> {
         BenchCommand {
             model: Some(args), ..
         } => bench_model(args),
-        BenchCommand { .. } => bail!(UsageError("bench needs to be told what to measure".into())),
+        BenchCommand { .. } => bail!(UsageError("bench needs the name of what to measure".into())),
     }
 }
 

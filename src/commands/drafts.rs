@@ -21,9 +21,7 @@ use crate::{
     runtime::{
         accelerator::Accelerator,
         generate::{
-            drafts::{
-                DRAFTS_FILE, DraftCounts, DraftStore, Drafts, DraftsError, MOST_DRAFTED, replay,
-            },
+            drafts::{DRAFTS_FILE, DraftCounts, DraftStore, Drafts, MOST_DRAFTED, replay},
             is_drafted,
         },
         pipeline::PipelineOptions,
@@ -70,10 +68,7 @@ pub fn run(args: DraftsArgs) -> Result<()> {
         }
         answers_of(&data, &tokenizer)
     };
-    let store = DraftStore::new(&answers(&args.data)?);
-    if store.texts() == 0 {
-        return Err(DraftsError::Empty(args.data).into());
-    }
+    let store = DraftStore::of_answers(&args.data, &answers(&args.data)?)?;
     let path = match args.output.is_dir() {
         true => args.output.join(DRAFTS_FILE),
         false => args.output.clone(),
@@ -97,14 +92,14 @@ pub fn run(args: DraftsArgs) -> Result<()> {
                 },
                 &held,
             );
-            lines += &format!("{most} drafted at most: {}\n", told(&counts));
+            lines += &format!("{most} drafted at most: {}\n", counts_text(&counts));
         }
     }
     unless_closed(stdout().write_all(lines.as_bytes())).context("cannot print what was written")
 }
 
 /// What drafts brought, in words.
-fn told(counts: &DraftCounts) -> String {
+fn counts_text(counts: &DraftCounts) -> String {
     let share = 100.0 * counts.accepted as f64 / counts.drafted.max(1) as f64;
     format!(
         "{:.2} tokens a step; {share:.0} % of {} were right",
@@ -116,7 +111,7 @@ fn told(counts: &DraftCounts) -> String {
 /// What is said at the end of a run with drafts.
 pub(super) fn tell(drafts: Option<&Drafts>, counts: &DraftCounts) {
     if counts.steps > 0 {
-        eprintln!("drafts: {}", told(counts));
+        eprintln!("drafts: {}", counts_text(counts));
     } else if drafts.is_some() {
         eprintln!("drafts: nothing was drafted");
     }
@@ -144,13 +139,13 @@ fn answers_of(data: &Dataset, tokenizer: &Tokenizer) -> Result<Vec<Vec<u32>>> {
 #[derive(Debug, Clone, Default)]
 pub(super) struct Drafting {
     pub(super) drafts: Option<Drafts>,
-    /// What is to be told of it.
+    /// A line about it for stderr.
     pub(super) note: Option<String>,
-    /// Whether nothing was typed: what stands beside an adapter is taken.
+    /// Whether nothing was typed: what is beside an adapter is taken.
     pub(super) found: bool,
 }
 
-/// What is drafted from in batches of at most `rows` answers; what is to be told goes to stderr.
+/// What is drafted from in batches of at most `rows` answers; what the user should know goes to stderr.
 ///
 /// # Errors
 /// As [`drafting`].
@@ -184,7 +179,7 @@ pub(super) fn drafting_for_batches<B: Accelerator>(
     Ok(drafts)
 }
 
-/// What was typed, or what stands beside the adapter, or else the model.
+/// What was typed, or what is beside the adapter, or else the model.
 ///
 /// # Errors
 /// A file that was named and cannot be used; one that was only found is left, and that is noted.

@@ -9,7 +9,6 @@ use clap::Args;
 use super::{
     logits::{probe, read, relative_distance},
     models::{DownloadArgs, find},
-    pipeline_options::checkpoint_alone,
     shared_args::{GgufArgs, found_adapter},
     shell::expect_new,
 };
@@ -111,7 +110,7 @@ impl DeviceTask for Merge {
         let options = PipelineOptions {
             adapter: self.args.adapter.clone(),
             gguf: self.args.gguf.parts(),
-            ..checkpoint_alone(self.args.model.clone(), read_dtype)
+            ..PipelineOptions::new(self.args.model.clone(), read_dtype)
         };
         let stored = stored_dtype(&options.model, &options.gguf)?;
         let written = self.typed_dtype.or(stored).unwrap_or(dtype);
@@ -160,7 +159,7 @@ impl DeviceTask for Merge {
         drop(merged);
 
         // What counts is what is on the disk.
-        let again = checkpoint_alone(parent.path().to_path_buf(), written);
+        let again = PipelineOptions::new(parent.path().to_path_buf(), written);
         let reread = read::<B>(&again, &config, &device)?;
         let answer = probe(&reread, &config, &device);
         // In f32 only the order of sums differs; a base that was read in a half type rounds every

@@ -22,7 +22,7 @@ use crate::base::{
     },
 };
 
-/// Whether a command may fetch what it was told the name of.
+/// Whether a command may download a model that it is given the name of.
 #[derive(Debug, Clone, Copy, Default, Args)]
 pub struct DownloadArgs {
     /// Download the model and the adapter if they are named by OWNER/NAME and not on this machine.

@@ -6,7 +6,6 @@ use burn::tensor::DType;
 
 use super::shared_args::{AdapterArgs, LoadArgs, ModelArgs};
 use crate::{
-    qwen3_vl::weights::gguf::GgufParts,
     runtime::{
         generate::GenerationConfig,
         pipeline::{MemoryLimit, PipelineOptions, Room},
@@ -14,7 +13,7 @@ use crate::{
     train::config::TrainConfig,
 };
 
-/// Tokens of a question, its template and an answer, where no length was asked for.
+/// Tokens of a question, its template and an answer, where no length is given.
 const ROOM_FOR_TEXT: usize = 1024;
 
 /// Tokens of a question and its template beside the answer.
@@ -67,20 +66,6 @@ pub(super) fn with_adapter(
     }
 }
 
-/// A checkpoint as it is.
-pub(super) fn checkpoint_alone(model: PathBuf, dtype: DType) -> PipelineOptions {
-    PipelineOptions {
-        model,
-        adapter: None,
-        dtype,
-        quantize: None,
-        min_pixels: None,
-        max_pixels: None,
-        gguf: GgufParts::default(),
-        memory: None,
-    }
-}
-
 /// The base of a training run, with images at the run's sizes.
 pub(super) fn base_of_run(config: &TrainConfig, model: PathBuf, dtype: DType) -> PipelineOptions {
     let [min_pixels, max_pixels] = config.pixel_limits();
@@ -88,6 +73,6 @@ pub(super) fn base_of_run(config: &TrainConfig, model: PathBuf, dtype: DType) ->
         min_pixels: Some(min_pixels),
         max_pixels: Some(max_pixels),
         gguf: config.gguf_parts(),
-        ..checkpoint_alone(model, dtype)
+        ..PipelineOptions::new(model, dtype)
     }
 }

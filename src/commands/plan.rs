@@ -22,7 +22,7 @@ use crate::{
     ops::memory::free_memory,
     runtime::{accelerator::Accelerator, pipeline::TextAndImages},
     train::{
-        budget::{Budget, Form},
+        budget::{Budget, StepForm},
         config::TrainConfig,
         plan::{Plan, Throughput},
     },
@@ -104,7 +104,7 @@ pub fn run(args: &PlanArgs) -> Result<()> {
                 .map_err(UsageError)?,
         };
         let weights = (dtype_bytes, quantization);
-        let form = Form::choose(&config, &parts.config, longest, weights, gib, None)?;
+        let form = StepForm::choose(&config, &parts.config, longest, weights, gib, None)?;
         form.apply(&mut config);
         println!("{}", form.explain(gib, longest));
     }

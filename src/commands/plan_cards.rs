@@ -13,7 +13,7 @@ use crate::{
         fit::{CacheWish, InferenceMemory},
     },
     train::{
-        budget::Form,
+        budget::StepForm,
         config::{TrainConfig, Tuner},
     },
 };
@@ -105,7 +105,7 @@ impl Cards<'_> {
             return "–".to_string();
         }
         let weights = (2, quantization);
-        match Form::choose(self.config, self.model, self.longest, weights, gib, None) {
+        match StepForm::choose(self.config, self.model, self.longest, weights, gib, None) {
             Ok(form) => form.words(self.longest),
             Err(_) => "–".to_string(),
         }

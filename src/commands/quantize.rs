@@ -12,7 +12,6 @@ use super::{
     logits::{probe, read},
     merge::tell_remarks,
     models::{DownloadArgs, find},
-    pipeline_options::checkpoint_alone,
     shared_args::GgufArgs,
     shell::expect_new,
     usage::UsageError,
@@ -40,7 +39,7 @@ use crate::{
         nn::InitOptions,
         weights::{MAX_SHARD_BYTES, parameter_shapes},
     },
-    runtime::accelerator::Accelerator,
+    runtime::{accelerator::Accelerator, pipeline::PipelineOptions},
     train::checkpoint::copy_side_files,
 };
 
@@ -194,7 +193,7 @@ impl DeviceTask for Quantize {
         BaseFingerprint::of(&from, &parts)?.save(to)?;
 
         // Every byte has been read back; that a model comes of them is the last thing to know.
-        let options = checkpoint_alone(to.to_path_buf(), dtype);
+        let options = PipelineOptions::new(to.to_path_buf(), dtype);
         let model = read::<B>(&options, &config, &device)?;
         if !probe(&model, &config, &device)
             .iter()

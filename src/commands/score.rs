@@ -25,7 +25,7 @@ use crate::{
     base::hub::Want,
     dataset::{
         Dataset,
-        loader::{Overlong, WindowKind, WindowLoader, WindowPlan},
+        loader::{WindowLoader, WindowPlan},
     },
     runtime::{
         accelerator::Accelerator,
@@ -143,17 +143,10 @@ impl DeviceTask for Scoring {
             }
             None => base,
         };
+        let batch_size = if args.rejected { 1 } else { args.batch_size };
         let plan = WindowPlan {
-            epochs: 1.0,
-            batch_size: if args.rejected { 1 } else { args.batch_size },
-            accumulation: 1,
-            devices: 1,
-            packing_tokens: 0,
             max_length: parts.config.text_config.max_position_embeddings,
-            overlong: Overlong::Error,
-            seed: 0,
-            in_order: true,
-            kind: WindowKind::Answers,
+            ..WindowPlan::once_in_order(batch_size)
         };
         let loader = WindowLoader::new(data.clone(), parts.clone(), plan.clone(), 0, 1);
         let count = data.len().min(args.limit.unwrap_or(usize::MAX));

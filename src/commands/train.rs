@@ -1,21 +1,23 @@
 //! `train`: one run from a config file, on one device or several.
 
 mod args;
+mod ending;
 mod reports;
 pub(super) mod settings;
 mod signals;
+mod typed;
 
 use std::{
     io::{IsTerminal, Write as _, stderr, stdout},
     panic::{AssertUnwindSafe, catch_unwind, resume_unwind},
-    path::{Path, PathBuf},
+    path::Path,
     sync::{
         Arc, Mutex,
         atomic::{AtomicBool, Ordering},
     },
 };
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Result, bail};
 use burn::{
     backend::Autodiff,
     tensor::DType,
@@ -31,8 +33,7 @@ use super::{
     pipeline_options::base_of_run,
     progress::{Progress, Unit, show_fetching},
     shared_args::found_adapter,
-    shell::{program, shell_word},
-    shipped::{shipped, shipped_data},
+    shipped::shipped_data,
     usage::UsageError,
 };
 use crate::{
@@ -43,30 +44,24 @@ use crate::{
         trace::Trace,
     },
     cluster::{Cluster, Launch},
-    dataset::{Dataset, data_names},
+    dataset::Dataset,
     ops::memory::free_memory,
     runtime::{accelerator::Accelerator, pipeline::TextAndImages},
     train::{
-        budget::{Budget, Form},
-        config::{TrainConfig, Tuner},
+        budget::{Budget, StepForm},
+        config::TrainConfig,
         options::{Resume, RunOptions},
         outcome::{Ending, TrainError},
-        report_command::Reported,
         run::{Dashboard, QuietRenderer, RunResult, train},
-        words::{clock, counted},
+        words::counted,
     },
 };
 pub use args::TrainArgs;
-use reports::{HeldOutScores, image_remarks, scorer, show_examples};
+use ending::{print_end, print_reports, resume_command};
+use reports::{HeldOutScores, scorer};
 pub use settings::flag_hint;
-use settings::{from_table, set_keys};
 use signals::watch_signals;
-
-/// The model of the published recipe.
-const REAL_MODEL: &str = "Qwen/Qwen3-VL-8B-Instruct";
-
-/// The run without arguments.
-const DEFAULT_CONFIG: &str = "configs/tiny.toml";
+use typed::{free_folder, load_config, validate_on_own_data};
 
 /// Runs `train`.
 ///
@@ -135,121 +130,6 @@ pub fn run(args: TrainArgs) -> Result<()> {
     )?
 }
 
-fn load_config(args: &TrainArgs) -> Result<TrainConfig> {
-    let path = shipped(args.config.as_deref().unwrap_or(Path::new(DEFAULT_CONFIG)));
-    let config = TrainConfig::from_file(&path).map_err(anyhow::Error::from)?;
-    let mut table = toml::Table::try_from(&config).context("cannot read the settings back")?;
-    let mut set = |key: &str, value: toml::Value| {
-        table.insert(key.to_string(), value);
-    };
-    let text = |path: &PathBuf| toml::Value::String(path.display().to_string());
-    if let Some(path) = &args.model {
-        set("model", text(path));
-    }
-    for (key, path) in [
-        ("mmproj", &args.gguf.mmproj),
-        ("tokenizer", &args.gguf.tokenizer),
-    ] {
-        if let Some(path) = path {
-            set(key, text(path));
-        }
-    }
-    if let Some(path) = &args.adapter {
-        set("adapter", text(path));
-    }
-    if let Some(data) = &args.train_data {
-        set("train_data", data.clone().into());
-    }
-    if let Some(data) = &args.val_data {
-        set("val_data", data.clone().into());
-    }
-    if let Some(columns) = &args.columns {
-        let columns = columns
-            .theirs()
-            .map(|(ours, theirs)| (ours.to_owned(), theirs.into()));
-        set("columns", toml::Value::Table(columns.collect()));
-    }
-    if args.allow_image_urls {
-        set("allow_image_urls", true.into());
-    }
-    if let Some(path) = &args.output_dir {
-        set("output_dir", text(path));
-    }
-    if !args.device.is_empty() {
-        set("device", args.device.clone().into());
-    }
-    if let Some(dtype) = args.dtype {
-        let name = clap::ValueEnum::to_possible_value(&dtype);
-        set(
-            "dtype",
-            name.map_or_else(String::new, |name| name.get_name().to_string())
-                .into(),
-        );
-    }
-    if let Some(seed) = args.seed {
-        set("seed", (seed as i64).into());
-    }
-    if let Some(generate) = args.eval_generate {
-        set("eval_generate", (generate as i64).into());
-    }
-    if let Some(objective) = args.objective {
-        set("objective", objective.name().into());
-    }
-    if let Some(reduction) = args.loss_reduction {
-        let name = clap::ValueEnum::to_possible_value(&reduction);
-        set(
-            "loss_reduction",
-            name.map_or_else(String::new, |name| name.get_name().to_string())
-                .into(),
-        );
-    }
-    if args.packing || args.packing_tokens.is_some() {
-        set("packing", true.into());
-    }
-    if let Some(tokens) = args.packing_tokens {
-        set("packing_tokens", (tokens as i64).into());
-    }
-    if args.deterministic {
-        set("deterministic", true.into());
-    }
-    set_keys(&mut table, &args.set)?;
-    from_table(table)
-}
-
-/// Share held out where a run is given training data of its own and no validation data.
-const HELD_OUT: f64 = 0.05;
-
-/// Drawn images say nothing about radiographs: a run that is given radiographs to learn from does not validate on the
-/// drawn ones of its config, but on studies held out of its own data.
-fn validate_on_own_data(args: &TrainArgs, config: &mut TrainConfig) {
-    let sample = Path::new("data/sample");
-    let is_drawn = |name: &str| {
-        let repository = Path::new(env!("CARGO_MANIFEST_DIR"));
-        let names = data_names(name).unwrap_or_default();
-        let mut paths = names.iter().map(|name| name.path.as_str());
-        !names.is_empty()
-            && paths.all(|name| {
-                let path = Path::new(name);
-                name.starts_with("phantom:")
-                    || path.starts_with(sample)
-                    || path.starts_with(repository.join(sample))
-            })
-    };
-    let is_set = |key: &str| {
-        let mut pairs = args.set.iter().filter_map(|pair| pair.split_once('='));
-        pairs.any(|(name, _)| name.trim() == key)
-    };
-    let own = (args.train_data.is_some() || is_set("train_data")) && !is_drawn(&config.train_data);
-    let asked = args.val_data.is_some() || is_set("val_data");
-    if !own || asked || !config.val_data.as_deref().is_some_and(is_drawn) {
-        return;
-    }
-    config.val_data = None;
-    if !is_set("split_dataset_ratio") {
-        config.split_dataset_ratio = HELD_OUT;
-    }
-}
-
 /// Samples whose lengths are taken for those of all when the form of a step is chosen.
 const MEASURED_SAMPLES: usize = 32;
 
@@ -284,20 +164,9 @@ fn fit_budget<B: Accelerator>(
     let bytes = dtype.size() as u64;
     let weights = (bytes, config.quantization(&config.model)?);
     let longest = config.longest_as_learnt(longest);
-    let form = Form::choose(config, &parts.config, longest, weights, gib, rows)?;
+    let form = StepForm::choose(config, &parts.config, longest, weights, gib, rows)?;
     form.apply(config);
     Ok(form.explain(gib, longest))
-}
-
-/// The folder itself, or the first of `NAME-2`, `NAME-3` … that is free.
-fn free_folder(folder: &Path) -> PathBuf {
-    (1..)
-        .map(|number| match number {
-            1 => folder.to_path_buf(),
-            number => PathBuf::from(format!("{}-{number}", folder.display())),
-        })
-        .find(|folder| !folder.exists())
-        .unwrap_or_else(|| folder.to_path_buf())
 }
 
 struct Train {
@@ -467,70 +336,6 @@ impl Train {
     }
 }
 
-/// Prints how a run ended and where its files are.
-fn print_end<B: Accelerator>(result: &RunResult<B>, seconds: f64, again: &str) {
-    let how = match result.ending {
-        Ending::Done => "done".to_string(),
-        Ending::EarlyStop => "ended early: the validation stopped getting better".to_string(),
-        Ending::RewardsPart => {
-            "ended early: the held-out rewards fall while those trained on rise, so these are gamed"
-                .to_string()
-        }
-        Ending::Interrupted => "interrupted and saved".to_string(),
-    };
-    // The terminal may be gone by now.
-    let _ = writeln!(
-        stdout(),
-        "{how}: {} in {}; checkpoint `{}`, curves `{}`",
-        counted(result.state.step, "step", "steps"),
-        clock(seconds),
-        result.checkpoint.display(),
-        result
-            .state
-            .config
-            .output_dir
-            .join("training.svg")
-            .display()
-    );
-    if let Some(remark) = result.reported.as_ref().and_then(Reported::remark) {
-        say(&format!("note: {remark}"));
-    }
-    for remark in image_remarks(result) {
-        say(&format!("images: {}", remark.sentence()));
-    }
-    if result.ending == Ending::Interrupted {
-        // On a line of its own: a wrapped one is hard to copy.
-        let _ = writeln!(stdout(), "continue with: {again}");
-    }
-}
-
-/// Prints and saves what the trained model writes about held-out studies, and what to do next.
-fn print_reports<B: Accelerator>(
-    result: &RunResult<B>,
-    args: &TrainArgs,
-    seconds: f64,
-    device: &B::Device,
-) -> Result<()> {
-    if args.show > 0 && result.state.config.validates() {
-        show_examples(result, args.show, device)?;
-    }
-    let scores = HeldOutScores::of(result, device)?;
-    scores.save(result, seconds)?;
-    if let Some(table) = scores.table() {
-        print_line(&format!("\n{table}"));
-    }
-    print_line(&format!("\nnext: {}", infer_command(result)));
-    if args.config.is_none() {
-        let recipe = shipped(Path::new("configs/openi-lora.toml"));
-        print_line(&format!(
-            "with the real model, once `convert` and `check` have seen your data: {} train --config {} --model {REAL_MODEL} --download",
-            program(),
-            shell_word(&recipe.display().to_string())
-        ));
-    }
-    Ok(())
-}
-
 /// Writes a line to stdout, whether or not anybody is there to read it: files are still to be written.
 fn print_line(line: &str) {
     let _ = writeln!(stdout(), "{line}");
@@ -547,51 +352,6 @@ fn on_cpu(devices: &[String]) -> bool {
         Some(name) => name.parse() == Ok(DeviceName::Cpu),
         None => built_backends() == ["cpu"],
     }
-}
-
-/// What goes on with a run, whatever it was started with: its folder holds its settings.
-fn resume_command(config: &TrainConfig, random_init: bool) -> String {
-    let settings = config.output_dir.join("config.toml");
-    format!(
-        "{} train --config {} --resume auto{}",
-        program(),
-        shell_word(&settings.display().to_string()),
-        if random_init { " --random-init" } else { "" }
-    )
-}
-
-/// The command with which a run's model writes about an image: the sample image where the run has none.
-fn infer_command<B: Accelerator>(result: &RunResult<B>) -> String {
-    let word = |path: &Path| shell_word(&path.display().to_string());
-    let image = result
-        .validation
-        .as_ref()
-        .filter(|data| !data.is_empty())
-        .and_then(|data| data.text(0).images.into_iter().next())
-        .map_or_else(String::new, |image| format!(" {}", word(&image)));
-    let checkpoint = word(&result.checkpoint);
-    let config = &result.state.config;
-    let model = match config.tuner {
-        Tuner::Lora => {
-            let quantize = config.quantize.as_ref();
-            let quantize = quantize.map_or_else(String::new, |text| format!(" --quantize {text}"));
-            let parts = [
-                ("--mmproj", &config.mmproj),
-                ("--tokenizer", &config.tokenizer),
-            ];
-            let parts = parts.into_iter().filter_map(|(flag, path)| {
-                let path = path.as_deref()?;
-                Some(format!(" {flag} {}", word(path)))
-            });
-            let parts: String = parts.collect();
-            format!(
-                "{}{quantize}{parts} --adapter {checkpoint}",
-                word(&config.model)
-            )
-        }
-        Tuner::Full => checkpoint,
-    };
-    format!("{} infer --model {model}{image}", program())
 }
 
 /// A type as `--dtype` spells it.

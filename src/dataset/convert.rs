@@ -308,7 +308,7 @@ fn questions(options: &ConvertOptions, corpus: &Corpus) -> Vec<String> {
     prompts.iter().map(|prompt| (*prompt).to_owned()).collect()
 }
 
-/// Says what was decided without being asked.
+/// Says what was decided by default.
 fn tell_choices(options: &ConvertOptions, corpus: &Corpus, summary: &mut Summary) {
     summary.remarks.extend(corpus.remarks.iter().cloned());
     if let Some(language) = corpus.language

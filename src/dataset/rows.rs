@@ -321,7 +321,7 @@ fn values_of(
                     if !fields.is_empty() {
                         let others = fields.keys().take(5).map(|key| format!("`{key}`"));
                         remarks.push(format!(
-                            "read are the rows under `{key}`; what stands beside them is not used: {}",
+                            "read are the rows under `{key}`; the keys beside it are not used: {}",
                             others.collect::<Vec<_>>().join(", ")
                         ));
                     }

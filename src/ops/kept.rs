@@ -107,7 +107,7 @@ mod tests {
 
     /// A module as the derived code makes it.
     #[derive(Module, Debug)]
-    struct Around<B: Backend> {
+    struct Holder<B: Backend> {
         weight: Param<Tensor<B, 1>>,
         kept: Kept<B>,
     }
@@ -124,7 +124,7 @@ mod tests {
         struct Nothing;
         impl ModuleMapper<AB> for Nothing {}
         let device = Default::default();
-        let module = Around::<AB> {
+        let module = Holder::<AB> {
             weight: Param::from_tensor(Tensor::ones([2], &device)),
             kept: Kept::default(),
         };

@@ -295,7 +295,7 @@ fn decode_jpeg(
     } else if let Ok(mut decoder) = open(Cursor::new(bytes), PictureFormat::Jpeg, "", limits) {
         hung = orientation(&mut decoder);
     } else {
-        // The decoder that is asked next has words for what is wrong.
+        // The decoder that comes next says what is wrong.
         return Ok(None);
     }
     let decoded = match jpeg::decode(bytes, None, limits.max_decoded_bytes) {

@@ -30,6 +30,7 @@ pub mod row_keys;
 mod row_parts;
 mod row_question;
 mod row_tools;
+mod row_turns;
 mod row_unknown;
 pub mod sample;
 pub(crate) mod strict_json;

@@ -4,8 +4,8 @@ use serde_json::{Map, Value, json};
 
 use super::literal;
 use super::row_fault::{RowFault, kind_of};
-use super::row_forms::{CONVERSATIONS, QUERY, RESPONSE, history, is_xrayglm, only};
-use super::row_keys;
+use super::row_forms::{CONVERSATIONS, QUERY, RESPONSE, is_xrayglm, only};
+use super::{row_keys, row_turns::history};
 
 /// Gives a row without an answer its `messages`: the question of the row, or `question` about its images.
 ///

@@ -50,13 +50,19 @@ impl<B: Ops> ImageFeatures<B> {
         }
     }
 
-    /// Token vectors with the image tokens' replaced by features, `[n, hidden]`.
+    /// Token vectors with the image tokens' replaced by features.
+    ///
+    /// # Shapes
+    /// - `embeds` and result: `[n, hidden]`
     pub fn place(&self, embeds: Tensor<B, 2>) -> Tensor<B, 2> {
         let is_text = to_dtype(self.is_text.clone(), embeds.dtype());
         embeds * is_text + self.spread(self.vision.merged.clone())
     }
 
-    /// The stream after a layer, `[n, hidden]`, plus the DeepStack features that belong there.
+    /// The stream after a layer, plus the DeepStack features that belong there.
+    ///
+    /// # Shapes
+    /// - `x` and result: `[n, hidden]`
     pub fn add_deepstack(&self, layer: usize, x: Tensor<B, 2>) -> Tensor<B, 2> {
         match self.vision.deepstack.get(layer) {
             Some(features) => x + self.spread(features.clone()),
@@ -69,8 +75,11 @@ impl<B: Ops> ImageFeatures<B> {
         self.vision.deepstack.len()
     }
 
-    /// Gradient of the image features, gathered from that of the stream they were scattered into:
-    /// `[n, hidden]` → `[m, hidden]`.
+    /// Gradient of the image features, gathered from that of the stream they were scattered into.
+    ///
+    /// # Shapes
+    /// - `gradient`: `[n, hidden]`
+    /// - returns: `[m, hidden]`, a row an image token
     pub fn gather(&self, gradient: Tensor<B, 2>) -> Tensor<B, 2> {
         gradient.select(0, self.image_tokens.clone())
     }

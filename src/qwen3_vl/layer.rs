@@ -320,7 +320,11 @@ pub struct SequenceGroup<B: Backend> {
 }
 
 impl<B: Backend> SequenceGroup<B> {
-    /// The group's tokens, sequence by sequence: `[n, heads, head_dim]` → `[batch, heads, seq, head_dim]`.
+    /// The group's tokens, sequence by sequence.
+    ///
+    /// # Shapes
+    /// - `x`: `[n, heads, head_dim]`
+    /// - returns: `[batch, heads, seq, head_dim]`
     pub fn heads_first(&self, x: &Tensor<B, 3>) -> Tensor<B, 4> {
         let [tokens, ..] = x.dims();
         let x = x.clone();

@@ -11,6 +11,7 @@ pub mod key_values;
 pub mod layer;
 mod model;
 pub mod nn;
+pub mod patch_positions;
 pub mod rope;
 pub mod vision;
 pub mod weights;

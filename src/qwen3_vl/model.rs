@@ -135,7 +135,10 @@ impl<B: Ops> Qwen3Vl<B> {
         decoder_layers(&mut run, 0..layers.len(), x)
     }
 
-    /// The norm before the head: `[n, hidden]` → `[n, hidden]`.
+    /// The norm before the head.
+    ///
+    /// # Shapes
+    /// - `x` and result: `[n, hidden]`
     pub fn norm(&self, x: Tensor<B, 2>) -> Tensor<B, 2> {
         self.model.language_model.norm.forward(x)
     }
@@ -212,7 +215,11 @@ impl<B: Ops> Qwen3Vl<B> {
         hidden.select(0, Tensor::from_ints(ends.as_slice(), device))
     }
 
-    /// Logits in f32: `[n, hidden]` → `[n, vocab]`.
+    /// Logits in f32.
+    ///
+    /// # Shapes
+    /// - `hidden`: `[n, hidden]`
+    /// - returns: `[n, vocab]`
     pub fn logits(&self, hidden: Tensor<B, 2>) -> Tensor<B, 2> {
         match &self.lm_head {
             Some(head) if head.lora.is_some() || head.bias.is_some() => {

@@ -119,7 +119,11 @@ impl<B: Ops> Linear<B> {
         self.run(x, None, dropout_seed)
     }
 
-    /// [`Linear::forward`] plus `residual`: `x` `[tokens, in]`, `residual` and result `[tokens, out]`.
+    /// [`Linear::forward`] plus `residual`.
+    ///
+    /// # Shapes
+    /// - `x`: `[tokens, in]`
+    /// - `residual` and result: `[tokens, out]`
     pub fn forward_add(
         &self,
         x: Tensor<B, 2>,
@@ -129,7 +133,11 @@ impl<B: Ops> Linear<B> {
         self.run(x, Some(residual), dropout_seed)
     }
 
-    /// [`Linear::forward`], then an activation: `[tokens, in]` → `[tokens, out]`.
+    /// [`Linear::forward`], then an activation.
+    ///
+    /// # Shapes
+    /// - `x`: `[tokens, in]`
+    /// - returns: `[tokens, out]`
     pub fn forward_activated(
         &self,
         x: Tensor<B, 2>,
@@ -184,7 +192,10 @@ impl<B: Ops> RmsNorm<B> {
         }
     }
 
-    /// Normalises each row; `[tokens, width]`.
+    /// Normalises each row.
+    ///
+    /// # Shapes
+    /// - `x` and result: `[tokens, width]`
     pub fn forward(&self, x: Tensor<B, 2>) -> Tensor<B, 2> {
         B::rms_norm(x, self.weight.val(), self.epsilon)
     }
@@ -225,7 +236,10 @@ impl<B: Ops> LayerNorm<B> {
         }
     }
 
-    /// Normalises each row; `[tokens, width]`.
+    /// Normalises each row.
+    ///
+    /// # Shapes
+    /// - `x` and result: `[tokens, width]`
     pub fn forward(&self, x: Tensor<B, 2>) -> Tensor<B, 2> {
         B::row_layer_norm(x, self.weight.val(), self.bias.val(), self.epsilon)
     }
@@ -251,7 +265,11 @@ impl<B: Ops> Embedding<B> {
         }
     }
 
-    /// Rows of the table: `indices` `[n]` → `[n, width]`.
+    /// Rows of the table.
+    ///
+    /// # Shapes
+    /// - `indices`: `[n]`
+    /// - returns: `[n, width]`
     pub fn forward(&self, indices: Tensor<B, 1, Int>) -> Tensor<B, 2> {
         self.weight.select(indices)
     }

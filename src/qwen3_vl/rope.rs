@@ -119,7 +119,10 @@ impl<B: Ops> RopeTables<B> {
         self.cos.dims()[1]
     }
 
-    /// Normalises heads where a norm is given, then rotates them; `[tokens, heads, head_dim]`.
+    /// Normalises heads where a norm is given, then rotates them.
+    ///
+    /// # Shapes
+    /// - `x` and result: `[tokens, heads, head_dim]`
     pub fn rotate(&self, x: Tensor<B, 3>, norm: Option<HeadNorm<B>>) -> Tensor<B, 3> {
         B::rotate_heads(x, norm, self.cos.clone(), self.sin.clone())
     }

@@ -21,6 +21,7 @@ use super::{
     config::VisionConfig,
     heads::{heads_first, tokens_first},
     nn::{Embedding, InitOptions, LayerNorm, Linear, lazy_full, lazy_normal},
+    patch_positions::{PositionCorners, patch_positions},
     rope::RopeTables,
 };
 
@@ -96,7 +97,10 @@ pub struct VisionAttention<B: Backend> {
 }
 
 impl<B: Ops> VisionAttention<B> {
-    /// `[n, hidden]` → `[n, hidden]`, plus `residual`.
+    /// Attention within each image, plus `residual`.
+    ///
+    /// # Shapes
+    /// - `x`, `residual` and result: `[n, hidden]`
     pub fn forward(
         &self,
         x: Tensor<B, 2>,
@@ -124,7 +128,10 @@ pub struct VisionMlp<B: Backend> {
 }
 
 impl<B: Ops> VisionMlp<B> {
-    /// `[n, hidden]` → `[n, hidden]`, plus `residual`.
+    /// The feed-forward block, plus `residual`.
+    ///
+    /// # Shapes
+    /// - `x`, `residual` and result: `[n, hidden]`
     pub fn forward(
         &self,
         x: Tensor<B, 2>,
@@ -170,7 +177,10 @@ impl<B: Ops> VisionBlock<B> {
         }
     }
 
-    /// `[n, hidden]` → `[n, hidden]`.
+    /// Attention, then the feed-forward block.
+    ///
+    /// # Shapes
+    /// - `x` and result: `[n, hidden]`
     pub fn forward(
         &self,
         x: Tensor<B, 2>,
@@ -217,7 +227,11 @@ impl<B: Ops> PatchMerger<B> {
         }
     }
 
-    /// `[n, hidden]` → `[m, out_hidden]`.
+    /// Joins the patches of each square to a feature.
+    ///
+    /// # Shapes
+    /// - `x`: `[n, hidden]`
+    /// - returns: `[m, out_hidden]`, `m` a fourth of `n` for squares of two by two
     pub fn forward(&self, x: Tensor<B, 2>, dropout_seed: Option<u64>) -> Tensor<B, 2> {
         let [patches, hidden] = x.dims();
         let joined = self.linear_fc1.weight.lazy_shape()[1];
@@ -271,7 +285,10 @@ pub struct VisionOutput<B: Backend> {
 }
 
 impl<B: Backend> VisionOutput<B> {
-    /// The features `indices` `[n]`, in that order.
+    /// Some features, in the order of `indices`.
+    ///
+    /// # Shapes
+    /// - `indices`: `[n]`
     pub fn select(&self, indices: Tensor<B, 1, Int>) -> Self {
         let select = |x: &Tensor<B, 2>| x.clone().select(0, indices.clone());
         Self {
@@ -324,90 +341,6 @@ impl<B: Ops> VisionLayout<B> {
             spans: AttentionSpans::blocks(&segments, device),
         }
     }
-}
-
-/// For each patch the four rows of the position table around it and their bilinear weights.
-#[derive(Debug, Clone, Default)]
-pub struct PositionCorners {
-    /// Rows of the table, `[n][4]`: top left, top right, bottom left, bottom right.
-    pub indices: Vec<[u32; 4]>,
-    /// Weights, `[n][4]`.
-    pub weights: Vec<[f32; 4]>,
-}
-
-impl PositionCorners {
-    /// Appends the patches of one image in merge-block order; corners of the table and of the image
-    /// coincide.
-    ///
-    /// Source: `Qwen3VLVisionModel.fast_pos_embed_interpolate`, transformers.
-    pub fn extend(&mut self, [t, h, w]: [usize; 3], side: usize, merge: usize) {
-        let rows = linspace(side, h);
-        let columns = linspace(side, w);
-        let start = self.indices.len();
-        for (row, column) in merge_block_order(h, w, merge) {
-            let (y, x) = (rows[row], columns[column]);
-            let (top, left) = (y as usize, x as usize);
-            let bottom = (top + 1).min(side - 1);
-            let right = (left + 1).min(side - 1);
-            let (dy, dx) = (y - top as f32, x - left as f32);
-            let at = |row, column| (row * side + column) as u32;
-            self.indices.push([
-                at(top, left),
-                at(top, right),
-                at(bottom, left),
-                at(bottom, right),
-            ]);
-            self.weights.push([
-                (1.0 - dy) * (1.0 - dx),
-                (1.0 - dy) * dx,
-                dy * (1.0 - dx),
-                dy * dx,
-            ]);
-        }
-        for _ in 1..t {
-            self.indices.extend_from_within(start..start + h * w);
-            self.weights.extend_from_within(start..start + h * w);
-        }
-    }
-}
-
-/// `steps` evenly spaced values from 0 to `side - 1`, both included, as `torch.linspace` in f32:
-/// from the left in the first half, from the right in the second.
-fn linspace(side: usize, steps: usize) -> Vec<f32> {
-    let end = (side - 1) as f32;
-    if steps == 1 {
-        return vec![0.0];
-    }
-    let step = end / (steps - 1) as f32;
-    (0..steps)
-        .map(|i| {
-            if i < steps / 2 {
-                step * i as f32
-            } else {
-                end - step * (steps - 1 - i) as f32
-            }
-        })
-        .collect()
-}
-
-/// `(row, column)` of the patches of one frame, merged square after merged square.
-fn merge_block_order(h: usize, w: usize, merge: usize) -> impl Iterator<Item = (usize, usize)> {
-    (0..h / merge).flat_map(move |block_row| {
-        (0..w / merge).flat_map(move |block_column| {
-            (0..merge).flat_map(move |row| {
-                (0..merge)
-                    .map(move |column| (block_row * merge + row, block_column * merge + column))
-            })
-        })
-    })
-}
-
-/// `[row, column]` of every patch of an image in merge-block order, frame after frame.
-pub fn patch_positions([t, h, w]: [usize; 3], merge: usize) -> Vec<[u32; 2]> {
-    let frame: Vec<[u32; 2]> = merge_block_order(h, w, merge)
-        .map(|(row, column)| [row as u32, column as u32])
-        .collect();
-    frame.repeat(t)
 }
 
 /// The vision tower.
@@ -485,8 +418,11 @@ impl<B: Ops> VisionModel<B> {
         to_dtype(sum.expect("a patch has four corners"), dtype)
     }
 
-    /// Input of the first block: `pixel_values` `[n, patch_dim]` → patch embedding plus position,
-    /// `[n, hidden]`.
+    /// Input of the first block: patch embedding plus position.
+    ///
+    /// # Shapes
+    /// - `pixel_values`: `[n, patch_dim]`
+    /// - returns: `[n, hidden]`
     pub fn embed(&self, pixel_values: Tensor<B, 2>, layout: &VisionLayout<B>) -> Tensor<B, 2> {
         self.patch_embed
             .forward(pixel_values, Some(self.position_embeddings(layout)))
@@ -529,7 +465,10 @@ impl<B: Ops> VisionModel<B> {
     }
 
     /// All blocks and mergers over the result of [`VisionModel::embed`]; `on_input` gets the input of each
-    /// block and at last that of the main merger, `[n, hidden]` each.
+    /// block and at last that of the main merger.
+    ///
+    /// # Shapes
+    /// - `x` and what `on_input` gets: `[n, hidden]`
     pub fn run_blocks(
         &self,
         mut x: Tensor<B, 2>,
@@ -549,40 +488,6 @@ impl<B: Ops> VisionModel<B> {
         VisionOutput {
             merged: self.merger.forward(x, dropout_seed),
             deepstack,
-        }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn patches_of_one_square_are_contiguous() {
-        assert_eq!(
-            patch_positions([1, 2, 4], 2),
-            [
-                [0, 0],
-                [0, 1],
-                [1, 0],
-                [1, 1],
-                [0, 2],
-                [0, 3],
-                [1, 2],
-                [1, 3]
-            ]
-        );
-    }
-
-    #[test]
-    fn position_corners_touch_the_corners_of_the_table() {
-        let mut corners = PositionCorners::default();
-        corners.extend([1, 4, 4], 48, 2);
-        assert_eq!(corners.indices[0][0], 0);
-        assert_eq!(corners.weights[0], [1.0, 0.0, 0.0, 0.0]);
-        assert_eq!(corners.indices[15][0], 48 * 48 - 1);
-        for weights in &corners.weights {
-            assert!((weights.iter().sum::<f32>() - 1.0).abs() < 1e-6);
         }
     }
 }

@@ -197,7 +197,7 @@ pub enum BudgetError {
 
 /// The form of a step that was chosen.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Form {
+pub struct StepForm {
     /// Tokens of a row that samples are joined into; 0 leaves padded micro-batches as configured.
     pub row_tokens: usize,
     /// What is kept.
@@ -206,7 +206,7 @@ pub struct Form {
     pub bytes: u64,
 }
 
-impl Form {
+impl StepForm {
     /// The fastest form within `gib` GiB; with `row_tokens`, of those with rows of so many tokens.
     ///
     /// `longest` is the longest sample in tokens; weights are in types of so many bytes, or quantised. Rows are several times as long where that fits: a
@@ -309,14 +309,14 @@ impl Form {
 mod tests {
     use super::*;
 
-    fn form(gib: f64) -> Result<Form, BudgetError> {
+    fn form(gib: f64) -> Result<StepForm, BudgetError> {
         quantised_form(gib, None)
     }
 
-    fn quantised_form(gib: f64, format: Option<&str>) -> Result<Form, BudgetError> {
+    fn quantised_form(gib: f64, format: Option<&str>) -> Result<StepForm, BudgetError> {
         let model = Qwen3VlConfig::published("8b").unwrap();
         let weights = (2, format.and_then(|format| format.parse().ok()));
-        Form::choose(&TrainConfig::default(), &model, 368, weights, gib, None)
+        StepForm::choose(&TrainConfig::default(), &model, 368, weights, gib, None)
     }
 
     #[test]
@@ -403,7 +403,7 @@ mod tests {
             ..TrainConfig::default()
         };
         let model = Qwen3VlConfig::published("8b").unwrap();
-        let form = Form::choose(&micro, &model, 368, (2, None), 40.0, None).unwrap();
+        let form = StepForm::choose(&micro, &model, 368, (2, None), 40.0, None).unwrap();
         assert_eq!(form.row_tokens, 0);
         let line = form.explain(40.0, 368);
         assert!(
@@ -413,7 +413,7 @@ mod tests {
         // A continued run keeps its rows: they decide the dropout masks.
         let rows = Some(736);
         let config = TrainConfig::default();
-        let again = Form::choose(&config, &model, 368, (2, None), 80.0, rows).unwrap();
+        let again = StepForm::choose(&config, &model, 368, (2, None), 80.0, rows).unwrap();
         assert_eq!((again.row_tokens, again.kept), (736, Recorded::Everything));
     }
 }

@@ -2,7 +2,7 @@
 
 use std::time::Instant;
 
-use super::{learner::StepNumbers, words::clock};
+use super::{step_numbers::StepNumbers, words::clock};
 
 /// Number of lines of a run if `logging_steps` is 0.
 const LINES: usize = 50;

@@ -16,7 +16,6 @@ use super::{
     chart::{chart_rows, training_chart},
     checkpoint::{self, CheckpointError},
     checkpoint_dir::Best,
-    learner::{StepNumbers, StepOutput},
     lines::StepWork,
     loss::LossTotals,
     objective::settings::Objective,
@@ -24,6 +23,7 @@ use super::{
     records::{METRICS, Row, read_rows},
     replicas::{Evaluated, Replicas},
     report_command::Reported,
+    step_numbers::{StepNumbers, StepOutput},
     strategy::{Components, LoopState},
     words::{counted, last_checkpoint},
 };

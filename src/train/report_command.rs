@@ -192,7 +192,7 @@ impl ReportCommand {
         }
     }
 
-    /// Puts a line into the queue; `false` if it is full. A program that has ended takes none, and is told.
+    /// Puts a line into the queue; `false` if it is full. A program that has ended takes none, and that is reported.
     fn offer(&mut self, line: &Value) -> bool {
         let Some(lines) = self.lines.as_ref().filter(|_| self.failure.is_none()) else {
             return true;

@@ -1,27 +1,29 @@
 //! A whole run: data, model, Learner, strategy; fresh or continued.
 
+mod files;
+mod model;
+
 use std::{
     collections::{BTreeMap, VecDeque},
-    fs,
-    path::{Path, PathBuf},
+    path::PathBuf,
     sync::Arc,
 };
 
 use burn::{
-    module::{Module, ModuleMapper, Param},
     prelude::*,
     tensor::DType,
     train::{Learner, SupervisedTraining, TrainingStrategy},
 };
 
 use super::{
-    checkpoint::{TrainerState, dtype_text, restore_optimizer, restore_weights, trained_params},
+    checkpoint::{TrainerState, dtype_text, restore_optimizer, trained_params},
     checkpoint_dir::{CheckpointDir, RunLock},
-    config::{Reporter, TrainConfig, Tuner},
+    config::TrainConfig,
     data::RunData,
+    gauges::Gauge,
     generation::GenerationScorer,
     image_facts,
-    learner::{Gauge, ScheduleStepper, StepSettings, Trainee},
+    learner::{ScheduleStepper, StepSettings, Trainee},
     lines::StepLines,
     loss_scale::LossScale,
     objective::{
@@ -33,31 +35,27 @@ use super::{
     options::RunOptions,
     outcome::{Ending, Outcome, TrainError},
     processes::{self, Scratch},
-    records::{METRICS, MetricsLog},
     renderers::{RunRenderer, RunSteps},
-    report_command::{ReportCommand, Reported, Start},
+    report_command::Reported,
     resume::{RunFacts, find_checkpoint},
     strategy::{Components, LoopState, WindowStrategy},
-    tfevents::EventWriter,
     words::{counted, last_checkpoint},
 };
 use crate::{
-    adapters::lora::{
-        attach::attach, base::check_base, config::LoraConfig, files::load_adapter_for_training,
-        saved_modules::train_saved,
-    },
-    base::files::{FileError, write_atomic},
+    adapters::lora::base::check_base,
     dataset::{
         DataFacts, Dataset,
         loader::{Share, WindowLoader},
     },
-    ops::{memory::MemoryWatch, quantised::Quantization},
-    qwen3_vl::{Qwen3Vl, config::Qwen3VlConfig, nn::InitOptions, weights::LoadProgress},
+    ops::memory::MemoryWatch,
+    qwen3_vl::{Qwen3Vl, weights::LoadProgress},
     runtime::{
-        accelerator::{Accelerator, TrainAccelerator},
+        accelerator::TrainAccelerator,
         pipeline::{PipelineOptions, TextAndImages, load_model},
     },
 };
+use files::{Writers, keep_part_of_epoch, write_config, write_run_facts};
+use model::{prepare_model, random_model, restore_model};
 
 pub use super::renderers::{Dashboard, QuietRenderer};
 
@@ -79,147 +77,6 @@ pub struct RunResult<B: Backend> {
     pub checkpoint: PathBuf,
     /// What became of `report_command`; `None` without one.
     pub reported: Option<Reported>,
-}
-
-/// Sets for each parameter whether it is trained, by its path.
-struct Freeze<F> {
-    path: Vec<String>,
-    trained: F,
-}
-
-impl<B: Backend, F: Fn(&str) -> bool> ModuleMapper<B> for Freeze<F> {
-    fn enter_module(&mut self, name: &str, _container_type: &str) {
-        self.path.push(name.to_string());
-    }
-
-    fn exit_module(&mut self, _name: &str, _container_type: &str) {
-        self.path.pop();
-    }
-
-    fn map_float<const D: usize>(&mut self, param: Param<Tensor<B, D>>) -> Param<Tensor<B, D>> {
-        let trained = (self.trained)(&self.path.join("."));
-        param.set_require_grad(trained)
-    }
-}
-
-/// Freezes what the run does not train and attaches adapters.
-fn prepare_model<B: Accelerator>(
-    model: Qwen3Vl<B>,
-    config: &TrainConfig,
-    tell: &dyn Fn(&str),
-) -> Result<(Qwen3Vl<B>, LoraConfig), TrainError> {
-    let own = config.lora_config();
-    match config.tuner {
-        Tuner::Full => {
-            let (vit, aligner, llm) = (config.freeze_vit, config.freeze_aligner, config.freeze_llm);
-            let trained = move |path: &str| {
-                let is_aligner = path.starts_with("model.visual.merger.")
-                    || path.starts_with("model.visual.deepstack_merger_list.");
-                if is_aligner {
-                    !aligner
-                } else if path.starts_with("model.visual.") {
-                    !vit
-                } else {
-                    !llm
-                }
-            };
-            let model = model.map(&mut Freeze {
-                path: Vec::new(),
-                trained,
-            });
-            Ok((model, own))
-        }
-        Tuner::Lora => {
-            let frozen = model.no_grad();
-            Ok(match &config.adapter {
-                // Its rank, scaling and targets count; dropout is the run's.
-                Some(dir) => {
-                    let adapted = load_adapter_for_training(frozen, dir, config.lora_dropout)?;
-                    adapted.notes.iter().for_each(|note| tell(note));
-                    (adapted.model, adapted.config)
-                }
-                None => {
-                    let (model, _) = attach(frozen, &own, config.seed)?;
-                    let (model, notes) = train_saved(model, &own)?;
-                    notes.iter().for_each(|note| tell(note));
-                    (model, own)
-                }
-            })
-        }
-    }
-}
-
-/// Draws a model at random: for the first training of a small one.
-fn random_model<B: Accelerator>(
-    config: &Qwen3VlConfig,
-    seed: u64,
-    dtype: DType,
-    device: &B::Device,
-) -> Qwen3Vl<B> {
-    struct Draw;
-    impl<B: Backend> ModuleMapper<B> for Draw {
-        fn map_float<const D: usize>(&mut self, param: Param<Tensor<B, D>>) -> Param<Tensor<B, D>> {
-            // Parameters are initialised at their first use: use them in order.
-            param.map(|tensor| tensor)
-        }
-    }
-    B::seed(device, seed);
-    let options = InitOptions {
-        dtype,
-        ..InitOptions::default()
-    };
-    Qwen3Vl::new(config, &options, device).map(&mut Draw)
-}
-
-/// Writes the resolved settings: what `--config` takes to resume.
-fn write_config(config: &TrainConfig) -> Result<(), TrainError> {
-    write_atomic(&config.output_dir.join("config.toml"), |out| {
-        out.write_all(config.to_toml().as_bytes())
-    })?;
-    Ok(())
-}
-
-/// Writes versions, data hashes and what to know of the data sets (training, then validation) before the
-/// first step.
-fn write_run_facts(
-    config: &TrainConfig,
-    data: &BTreeMap<&str, String>,
-    quantization: Option<Quantization>,
-    data_facts: &[DataFacts],
-) -> Result<(), TrainError> {
-    let dir = &config.output_dir;
-    let facts = serde_json::json!({
-        "program": concat!("xray-qwen3vl ", env!("CARGO_PKG_VERSION")),
-        "commit": crate::base::build_info::COMMIT,
-        "burn": "0.21.0",
-        "seed": config.seed,
-        "data": data,
-        "quantization": quantization.map(|quantization| quantization.to_string()),
-        "data_facts": data_facts,
-        "arguments": std::env::args().collect::<Vec<_>>(),
-    });
-    write_atomic(&dir.join("run.json"), |out| {
-        serde_json::to_writer_pretty(&mut *out, &facts)?;
-        out.write_all(b"\n")
-    })?;
-    Ok(())
-}
-
-/// Puts aside what Burn's logs hold of the epoch that a run goes on in: they begin a file anew.
-fn keep_part_of_epoch(run: &Path, steps: &RunSteps) -> Result<(), TrainError> {
-    if steps.before == 0 || steps.before.is_multiple_of(steps.an_epoch.max(1)) {
-        return Ok(());
-    }
-    let epoch = steps.epoch(steps.before);
-    for split in ["train", "valid"] {
-        let from = run.join(split).join(format!("epoch-{epoch}"));
-        let name = format!("part-of-epoch-{epoch}-before-step-{}", steps.before + 1);
-        let to = run.join(split).join(name);
-        if from.is_dir() && !to.exists() {
-            fs::rename(&from, &to).map_err(|cause| FileError::write(&to, cause))?;
-        }
-    }
-    Ok(())
 }
 
 /// Trains on `devices`, the first of which holds the optimizer, together with the other processes of
@@ -388,51 +245,39 @@ fn train_here<B: TrainAccelerator>(
         _ => None,
     };
     let optimizer = AdamW::<B>::new(config.adamw());
-    let (model, lora, state) = match &resumed {
-        None => {
-            let state = TrainerState {
-                step: 0,
-                epoch: 0.0,
-                best: None,
-                validations_without_gain: 0,
-                validation_due: false,
-                devices: all_devices,
-                dtype: dtype_text(dtype).to_string(),
-                config: config.clone(),
-                train_data: data.fingerprint().to_string(),
-                images: Some(facts.images.digest()),
-                base: Some(facts.base.clone()),
-                trained_on: facts.trained_on.clone(),
-                reward_watch: None,
-                loss_scale: None,
-                version: env!("CARGO_PKG_VERSION").to_string(),
-            };
-            let (model, lora) = prepare_model(base, &config, &*options.tell)?;
-            (model, lora, state)
-        }
-        Some((dir, state)) => {
-            let (model, lora) = match config.tuner {
-                Tuner::Lora => {
-                    let adapted =
-                        load_adapter_for_training(base.no_grad(), dir, config.lora_dropout)?;
-                    (adapted.model, adapted.config)
-                }
-                Tuner::Full => {
-                    let (model, lora) = prepare_model(base, &config, &*options.tell)?;
-                    (restore_weights(dir, model)?, lora)
-                }
-            };
-            restore_optimizer(dir, &model, &optimizer, state.step, &device)?;
-            let state = TrainerState {
-                config: config.clone(),
-                images: Some(facts.images.digest()),
-                base: Some(facts.base.clone()),
-                trained_on: facts.trained_on.clone(),
-                ..state.clone()
-            };
-            (model, lora, state)
-        }
+    let state = match &resumed {
+        None => TrainerState {
+            step: 0,
+            epoch: 0.0,
+            best: None,
+            validations_without_gain: 0,
+            validation_due: false,
+            devices: all_devices,
+            dtype: dtype_text(dtype).to_string(),
+            config: config.clone(),
+            train_data: data.fingerprint().to_string(),
+            images: Some(facts.images.digest()),
+            base: Some(facts.base.clone()),
+            trained_on: facts.trained_on.clone(),
+            reward_watch: None,
+            loss_scale: None,
+            version: env!("CARGO_PKG_VERSION").to_string(),
+        },
+        Some((_, state)) => TrainerState {
+            config: config.clone(),
+            images: Some(facts.images.digest()),
+            base: Some(facts.base.clone()),
+            trained_on: facts.trained_on.clone(),
+            ..state.clone()
+        },
     };
+    let (model, lora) = match &resumed {
+        None => prepare_model(base, &config, &*options.tell)?,
+        Some((dir, _)) => restore_model(base, &config, dir, &*options.tell)?,
+    };
+    if let Some((dir, _)) = &resumed {
+        restore_optimizer(dir, &model, &optimizer, state.step, &device)?;
+    }
     if needs_reference && !lora.modules_to_save.is_empty() {
         return Err(TrainError::Other(format!(
             "modules_to_save {:?} are trained whole, and an objective that measures from a reference is the model without its adapter; leave them out, or set beta = 0 with objective \"grpo\"",
@@ -531,35 +376,13 @@ fn train_here<B: TrainAccelerator>(
     if validation.is_some() {
         facts.val_images.save(run, image_facts::VALIDATION)?;
     }
-    let metrics_path = config.output_dir.join(METRICS);
-    let metrics = match &resumed {
-        Some((dir, _)) => {
-            let copy = dir.join(METRICS);
-            let (log, summary) = MetricsLog::resume(&metrics_path, state.step as u64, &copy)?;
-            if let Some(warning) = summary.warning(&metrics_path, &copy) {
-                (options.tell)(&warning);
-            }
-            log
-        }
-        None => MetricsLog::create(&metrics_path)?,
-    };
-    let resumed_step = resumed.as_ref().map(|_| state.step as u64);
-    let reports_to = |reporter| config.report_to.contains(&reporter);
-    let events = reports_to(Reporter::Tensorboard)
-        .then(|| EventWriter::create(&config.output_dir.join("tensorboard"), resumed_step))
-        .transpose()?;
-    let report = reports_to(Reporter::Command)
-        .then(|| {
-            let start = Start {
-                run: &config.output_dir,
-                config: serde_json::json!(config),
-                step: state.step,
-                total_steps,
-                resumed: resumed.is_some(),
-            };
-            ReportCommand::start(&config.report_command, &start, options.tell.clone())
-        })
-        .transpose()?;
+    let writers = Writers::open(
+        &config,
+        resumed.as_ref().map(|(dir, _)| dir.as_path()),
+        state.step,
+        total_steps,
+        options.tell.clone(),
+    )?;
 
     let schedule = ScheduleStepper::new(config.schedule(total_steps), state.step as u64);
     let loss_scale = LossScale::of(dtype, state.loss_scale);
@@ -599,9 +422,9 @@ fn train_here<B: TrainAccelerator>(
         cluster,
         writes,
         checkpoints: checkpoints.clone(),
-        metrics,
-        events,
-        report,
+        metrics: writers.metrics,
+        events: writers.events,
+        report: writers.report,
         output_dir: config.output_dir.clone(),
         total_steps,
         steps,

@@ -5,6 +5,8 @@
 //! middle of an epoch. The Learner's other parts stay in use: steps, optimizer, schedule, metrics,
 //! dashboard, interruption.
 
+mod step;
+
 use std::{
     collections::{BTreeMap, VecDeque},
     path::PathBuf,
@@ -12,7 +14,6 @@ use std::{
         Arc, Mutex,
         atomic::{AtomicBool, Ordering},
     },
-    time::Instant,
 };
 
 use burn::{
@@ -20,8 +21,8 @@ use burn::{
     tensor::backend::AutodiffBackend,
     train::{
         EventProcessorTraining, Learner, LearnerEvent, LearningComponentsMarker,
-        SupervisedLearningStrategy, SupervisedTrainingEventProcessor, TrainLoader, TrainOutput,
-        TrainingComponents, TrainingItem, ValidLoader,
+        SupervisedLearningStrategy, SupervisedTrainingEventProcessor, TrainLoader,
+        TrainingComponents, ValidLoader,
     },
 };
 
@@ -29,12 +30,11 @@ use super::{
     checkpoint::TrainerState,
     checkpoint_dir::CheckpointDir,
     generation::GenerationScorer,
-    gradients::differing_elements,
-    learner::{ScheduleStepper, StepNumbers, StepOutput, StepReading, StepTotals, Trainee},
-    lines::{StepLines, StepWork},
+    learner::{ScheduleStepper, Trainee},
+    lines::StepLines,
     loss_scale::LossScale,
-    objective::{rollouts::Rollouts, sums::ObjectiveSums},
-    optimizer::{AdamW, norm_of},
+    objective::rollouts::Rollouts,
+    optimizer::AdamW,
     outcome::{Ending, Outcome, TrainError},
     records::{MetricsLog, Row},
     renderers::RunSteps,
@@ -50,10 +50,11 @@ use crate::{
     batch::window::Window,
     cluster::Cluster,
     dataset::loader::WindowLoader,
-    ops::{DeviceMemory, DeviceOps, memory::MemoryWatch},
+    ops::memory::MemoryWatch,
     qwen3_vl::config::Qwen3VlConfig,
     runtime::accelerator::TrainAccelerator,
 };
+use step::Launched;
 
 /// The Learner's components for a backend.
 pub type Components<B> = LearningComponentsMarker<B, ScheduleStepper, Trainee<B>, AdamW<B>>;
@@ -117,32 +118,6 @@ pub struct LoopState<B: AutodiffBackend> {
     pub trace: Trace,
     /// Plain progress lines.
     pub tell: Tell,
-}
-
-/// Loss and gradient norm of a step.
-enum Numbers {
-    Known(StepTotals),
-    /// On their way: the next step is launched before they are waited for.
-    Reading(StepReading),
-}
-
-/// With `deterministic`, steps of which one is computed twice.
-const REPEATED_STEPS: usize = 50;
-
-/// A step that has been launched on the device.
-struct Launched {
-    step: usize,
-    epoch: f64,
-    rows: Vec<usize>,
-    samples: usize,
-    tokens: usize,
-    learning_rate: f64,
-    times: LaunchTimes,
-    numbers: Numbers,
-    /// Factor on the loss, with weights in f16.
-    loss_scale: Option<f64>,
-    /// Whether the step was left out, its gradients being out of the range of f16.
-    skipped: bool,
 }
 
 /// The strategy; used for one run.
@@ -290,7 +265,7 @@ impl<B: TrainAccelerator> LoopState<B> {
                     self.launch(learner, replicas.as_mut(), window, ahead.as_mut())
                 })
             });
-            let launched = Launched { times, ..launched? };
+            let launched = launched?.timed(times);
             if let Some(previous) = pending.replace(launched) {
                 self.complete(previous, processor, &mut clock)?;
             }
@@ -305,7 +280,7 @@ impl<B: TrainAccelerator> LoopState<B> {
             let interrupted = between && asked;
             let due = |every: usize| every > 0 && (step + 1).is_multiple_of(every);
             let pause = last || interrupted || due(self.state.config.eval_steps);
-            let known = matches!(&pending, Some(one) if matches!(one.numbers, Numbers::Known(_)));
+            let known = pending.as_ref().is_some_and(Launched::is_known);
             if pause || known || due(self.state.config.save_steps) {
                 self.complete_pending(&mut pending, processor, &mut clock)?;
             }
@@ -424,225 +399,6 @@ impl<B: TrainAccelerator> LoopState<B> {
         Ok(Some(replicas))
     }
 
-    /// Launches one step on the device or devices: gradients, clipping, optimizer.
-    fn launch(
-        &mut self,
-        learner: &mut Learner<Components<B>>,
-        replicas: Option<&mut Replicas<B>>,
-        window: Window,
-        next: Option<&mut Window>,
-    ) -> Result<Launched, TrainError> {
-        let (step, all_targets) = (window.step, window.targets);
-        let mut launched = Launched {
-            step,
-            epoch: window.epoch,
-            rows: window.rows.clone(),
-            samples: window.rows.len(),
-            tokens: window.tokens,
-            learning_rate: learner.lr_current(),
-            times: LaunchTimes::of(|| ()).1,
-            numbers: Numbers::Known(StepTotals::default()),
-            loss_scale: self.loss_scale.as_ref().map(LossScale::factor),
-            skipped: false,
-        };
-        let max_norm = self.state.config.max_grad_norm;
-        match replicas {
-            None => {
-                let config = &self.state.config;
-                let again = (config.deterministic && step.is_multiple_of(REPEATED_STEPS))
-                    .then(|| window.clone());
-                let output = learner.train_step(window);
-                if let Some(window) = again {
-                    let repeated = learner.train_step(window);
-                    check_repeated(&learner.model(), step, [&output, &repeated])?;
-                }
-                let clip = (self.optimizer).clip_next(&learner.model(), &output.grads, max_norm);
-                self.memory.look::<B::InnerBackend>(&self.devices[0]);
-                let reading = output.item.read_async(clip);
-                if let Some(reading) = reading {
-                    // With a loss scale the step is taken only once its gradients are known.
-                    let is_async = B::InnerBackend::READS_ASYNC && self.loss_scale.is_none();
-                    launched.numbers = if is_async {
-                        Numbers::Reading(reading)
-                    } else {
-                        Numbers::Known(reading.wait())
-                    };
-                }
-                self.leave_out(&mut launched);
-                self.check_finite(&launched)?;
-                if !launched.skipped {
-                    learner.optimizer_step(output.grads);
-                }
-            }
-            Some(replicas) => {
-                let mut sum = StepTotals::default();
-                let own = B::InnerBackend::memory_in_use(&self.devices[0]);
-                let parts = replicas.learn(&learner.model(), window, next)?;
-                for (rank, part) in parts.into_iter().enumerate() {
-                    for piece in &part.pieces {
-                        sum.totals.add(piece.totals);
-                        sum.objective += piece.objective;
-                        if let Some(own) = &piece.sequences {
-                            sum.sequences
-                                .get_or_insert_with(ObjectiveSums::default)
-                                .add(own);
-                        }
-                    }
-                    // The first device also holds what this thread put there: the weights.
-                    let own = own.filter(|_| rank == replicas.first());
-                    self.memory.note(part.memory.map(|memory| DeviceMemory {
-                        in_use: memory.in_use + own.map_or(0, |own| own.in_use),
-                        reserved: memory.reserved + own.map_or(0, |own| own.reserved),
-                    }));
-                }
-                if sum.totals.targets != all_targets {
-                    return Err(TrainError::Other(format!(
-                        "step {}: {} of its {all_targets} targets were learnt from",
-                        step + 1,
-                        sum.totals.targets
-                    )));
-                }
-                launched.numbers = Numbers::Known(sum);
-                // A loss that is no number goes before an exchange of gradients that are none.
-                self.check_finite(&launched)?;
-                let grads = replicas.reduce(&learner.model(), learner.lr_current())?;
-                let clip = (self.optimizer).clip_next(&learner.model(), &grads, max_norm);
-                if self.loss_scale.is_some() {
-                    sum.norm = clip.map_or(0.0, norm_of);
-                    launched.numbers = Numbers::Known(sum);
-                    self.leave_out(&mut launched);
-                    if !launched.skipped {
-                        learner.optimizer_step(grads);
-                    }
-                } else {
-                    let norm = clip.map(B::InnerBackend::read_async);
-                    learner.optimizer_step(grads);
-                    if let Some(norm) = norm {
-                        sum.norm = norm().first().copied().map_or(0.0, f64::from);
-                    }
-                    launched.numbers = Numbers::Known(sum);
-                }
-                self.check_finite(&launched)?;
-                replicas.finish_step()?;
-            }
-        }
-        Ok(launched)
-    }
-
-    /// With a loss scale: leaves a step out whose gradients are not finite, and adapts the scale.
-    fn leave_out(&mut self, launched: &mut Launched) {
-        let (Some(scale), Numbers::Known(known)) = (&self.loss_scale, &launched.numbers) else {
-            return;
-        };
-        // A loss that is no number is none at any scale.
-        if !known.objective.is_finite() {
-            return;
-        }
-        let before = scale.factor();
-        let finite = known.norm.is_finite();
-        launched.skipped = scale.update(finite) && !finite;
-        self.state.loss_scale = Some(scale.state());
-        if launched.skipped {
-            (self.tell)(&format!(
-                "note: step {}/{}: its gradients, {before} times as large, leave the range of f16; the step is left out and the loss scaled by {}",
-                launched.step + 1,
-                self.total_steps,
-                scale.factor()
-            ));
-        }
-    }
-
-    /// Refuses a step whose numbers are known and are none.
-    fn check_finite(&self, launched: &Launched) -> Result<(), TrainError> {
-        let Numbers::Known(known) = &launched.numbers else {
-            return Ok(());
-        };
-        for (what, value) in [
-            ("the loss", known.objective),
-            ("the gradient norm", known.norm),
-        ] {
-            if !value.is_finite() && !launched.skipped {
-                return Err(TrainError::NotFinite {
-                    step: launched.step + 1,
-                    what,
-                    value,
-                    rows: launched.rows.iter().map(|row| row + 1).collect(),
-                    checkpoint: last_good(&self.checkpoints, self.good_steps),
-                });
-            }
-        }
-        Ok(())
-    }
-
-    /// [`Self::complete`] for the step that is still running, if one is.
-    fn complete_pending(
-        &mut self,
-        pending: &mut Option<Launched>,
-        processor: &mut SupervisedTrainingEventProcessor<Components<B>>,
-        clock: &mut StepClock,
-    ) -> Result<(), TrainError> {
-        match pending.take() {
-            Some(launched) => self.complete(launched, processor, clock),
-            None => Ok(()),
-        }
-    }
-
-    /// Waits for a step's numbers and writes them down.
-    fn complete(
-        &mut self,
-        mut launched: Launched,
-        processor: &mut SupervisedTrainingEventProcessor<Components<B>>,
-        clock: &mut StepClock,
-    ) -> Result<(), TrainError> {
-        let step = launched.step;
-        let wait_start = Instant::now();
-        let known = match launched.numbers {
-            Numbers::Known(known) => known,
-            Numbers::Reading(reading) => {
-                (self.trace).span(HOST, "wait for the device", step, || reading.wait())
-            }
-        };
-        launched.numbers = Numbers::Known(known);
-        self.check_finite(&launched)?;
-        // The weights as they were before this step.
-        self.good_steps = self.good_steps.max(step);
-        self.state.step = step + 1;
-        self.state.epoch = launched.epoch;
-
-        let seconds = clock.complete(launched.times, wait_start).as_secs_f64();
-        let numbers = StepNumbers {
-            loss: known.objective,
-            token_acc: known.totals.token_accuracy(),
-            targets: known.totals.targets,
-            grad_norm: if launched.skipped { 0.0 } else { known.norm },
-            loss_scale: launched.loss_scale,
-            skipped: launched.skipped,
-            learning_rate: launched.learning_rate,
-            samples_per_second: launched.samples as f64 / seconds,
-            tokens_per_second: launched.tokens as f64 / seconds,
-            memory_gib: self.memory.peak().map_or(0.0, |peak| peak.gib()),
-            sequences: known.sequences,
-            reward: (self.rollout_rows.get(&step)).and_then(|row| row.get("reward")?.as_f64()),
-            starts_validation: false,
-        };
-        let work = StepWork {
-            seconds,
-            samples: launched.samples,
-            tokens: launched.tokens,
-        };
-        self.note_step(&numbers, work)?;
-        self.enter_epoch(self.steps.epoch(step), processor);
-        let [within, epochs] = self.steps.progress(step + 1);
-        processor.process_train(LearnerEvent::ProcessedItem(TrainingItem::new(
-            StepOutput::Numbers(numbers),
-            within,
-            epochs,
-            Some(step + 1),
-            Some(launched.learning_rate),
-        )));
-        Ok(())
-    }
-
     /// Ends the epochs before `epoch` in Burn's logs and in the means of its dashboard.
     ///
     /// Both splits at once: the logs of one are begun anew whenever the other has another epoch.
@@ -656,34 +412,5 @@ impl<B: TrainAccelerator> LoopState<B> {
             processor.process_valid(LearnerEvent::EndEpoch(epoch - 1));
             self.logged_epoch = epoch;
         }
-    }
-}
-
-/// Refuses a step that gives other bits when it is computed again.
-fn check_repeated<B: TrainAccelerator>(
-    model: &Trainee<B>,
-    step: usize,
-    outputs: [&TrainOutput<StepOutput<B::InnerBackend>>; 2],
-) -> Result<(), TrainError> {
-    let [first, second] = outputs.map(|output| output.item.totals());
-    let gradients = differing_elements(model, outputs.map(|output| &output.grads));
-    if gradients == 0 && first == second {
-        return Ok(());
-    }
-    Err(TrainError::NotDeterministic {
-        step: step + 1,
-        gradients,
-        losses: [first.loss(), second.loss()],
-    })
-}
-
-/// The newest whole checkpoint of at most `steps` steps, in words.
-fn last_good(checkpoints: &CheckpointDir, steps: usize) -> String {
-    match checkpoints.newest_whole_before(steps as u64 + 1) {
-        Ok(search) => search.found.map_or_else(
-            || "none".to_string(),
-            |found| format!("`{}`", found.path.display()),
-        ),
-        Err(error) => error.to_string(),
     }
 }

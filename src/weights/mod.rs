@@ -87,7 +87,11 @@ impl<B: Ops> Weight<B> {
         }
     }
 
-    /// `x Wᵀ`: `x` `[n, in]`, result `[n, out]`.
+    /// `x Wᵀ`.
+    ///
+    /// # Shapes
+    /// - `x`: `[n, in]`
+    /// - returns: `[n, out]`
     pub fn multiply(&self, x: Tensor<B, 2>) -> Tensor<B, 2> {
         match self {
             Self::Dense(param) => B::matmul(x, param.val().transpose()),
@@ -95,7 +99,11 @@ impl<B: Ops> Weight<B> {
         }
     }
 
-    /// Rows by index as floats: `indices` `[n]` → `[n, in]`.
+    /// Rows by index as floats.
+    ///
+    /// # Shapes
+    /// - `indices`: `[n]`
+    /// - returns: `[n, in]`
     pub fn select(&self, indices: Tensor<B, 1, Int>) -> Tensor<B, 2> {
         match self {
             Self::Dense(param) => param.val().select(0, indices),
@@ -164,8 +172,13 @@ impl<B: Ops> Weight<B> {
         }
     }
 
-    /// [`Weight::adapted_linear`] where the adapter's `low` `[n, r]` of
+    /// [`Weight::adapted_linear`] where the adapter's `low` of
     /// [`low_rank_inputs`](crate::ops::ForwardOps::low_rank_inputs) is kept for the backward pass.
+    ///
+    /// # Shapes
+    /// - `x`: `[n, in]`
+    /// - `low`: `[n, r]`
+    /// - `residual` and result: `[n, out]`
     pub fn adapted_linear_for_backward(
         &self,
         x: Tensor<B, 2>,

@@ -8,33 +8,18 @@ use std::{
     thread,
 };
 
-use burn::tensor::DType;
 use serde_json::Value;
 use tempfile::{TempDir, tempdir};
 use xray_qwen3vl::{
     dataset::{DataOptions, Dataset, EncodedSample, ImageStore},
-    runtime::pipeline::{PipelineOptions, TextAndImages},
+    runtime::pipeline::TextAndImages,
 };
 
-use crate::{program, repository, tiny_model};
+use crate::{forms::parts, program, repository};
 
 fn found(name: &str) -> String {
     let folder = repository().join("tests/fixtures/found/forms");
     folder.join(name).to_str().unwrap().to_owned()
-}
-
-fn parts() -> TextAndImages {
-    TextAndImages::load(&PipelineOptions {
-        model: tiny_model(),
-        adapter: None,
-        dtype: DType::F32,
-        quantize: None,
-        min_pixels: None,
-        max_pixels: None,
-        gguf: xray_qwen3vl::qwen3_vl::weights::gguf::GgufParts::default(),
-        memory: None,
-    })
-    .unwrap()
 }
 
 /// Options with a store of its own, which may ask this machine for images.

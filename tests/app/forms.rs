@@ -34,17 +34,7 @@ fn options() -> DataOptions {
 }
 
 pub(crate) fn parts() -> TextAndImages {
-    TextAndImages::load(&PipelineOptions {
-        model: tiny_model(),
-        adapter: None,
-        dtype: DType::F32,
-        quantize: None,
-        min_pixels: None,
-        max_pixels: None,
-        gguf: Default::default(),
-        memory: None,
-    })
-    .unwrap()
+    TextAndImages::load(&PipelineOptions::new(tiny_model(), DType::F32)).unwrap()
 }
 
 /// A row as the model sees it.

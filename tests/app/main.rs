@@ -6,6 +6,7 @@
 #![recursion_limit = "512"]
 
 mod adapters;
+mod architecture;
 mod bad_input;
 mod bad_model;
 mod bench;

@@ -14,6 +14,7 @@ mod checkpoints;
 mod support;
 
 mod generate;
+mod gguf;
 #[cfg(any(feature = "cuda", feature = "wgpu"))]
 mod half;
 mod model;
@@ -25,5 +26,6 @@ mod schedule;
 mod text_metrics;
 mod text_processing;
 mod training;
+mod training_quantised;
 mod training_saved;
 mod wide;

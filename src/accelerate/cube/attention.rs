@@ -387,7 +387,7 @@ pub(super) fn attended<R: CubeRuntime>(
 ) -> Buffer<R> {
     let [batch, heads, queries, head_dim] = q.meta.shape().dims();
     if !one_sequence && tile_attention::covers(q, cache) {
-        return tile_attention::attended(q, cache, [first, end], keys, true);
+        return tile_attention::attended(q, cache, [first, end], keys);
     }
     let key_value_heads = cache.keys.meta.shape()[1];
     let group = heads / key_value_heads;

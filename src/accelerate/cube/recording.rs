@@ -88,7 +88,7 @@ struct Launch {
 #[derive(Default)]
 struct Recorded {
     launches: Vec<Launch>,
-    /// Memory that was asked for, with its size.
+    /// Memory that was allocated, with its size.
     memory: Vec<(ManagedMemoryHandle, u64)>,
 }
 

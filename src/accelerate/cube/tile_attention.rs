@@ -12,7 +12,7 @@ use half::f16;
 use super::{
     launch::{Buffer, Cache, cubes, elements, empty, pieces},
     tile_config::{AREA, HALVES, LANES, PLANES, SIDE, UNITS, cooperative},
-    words::{Packing, Piece, pair, within},
+    words::{Packing, Piece, within},
 };
 
 /// Queries of a tile.
@@ -43,8 +43,6 @@ const HIDDEN: f32 = -1e30;
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 struct TileAttention {
     head_dim: usize,
-    /// Whether the device multiplies cooperative matrices; else its units do.
-    cooperative: bool,
 }
 
 impl TileAttention {
@@ -127,72 +125,52 @@ fn find_scores(
     #[comptime] config: TileAttention,
 ) {
     let stride = comptime!(config.stride());
-    let lane = UNIT_POS as usize % LANES;
     let plane = UNIT_POS as usize / LANES;
     let row = plane / ACROSS * SIDE;
     let key = plane % ACROSS * SIDE;
-    if config.cooperative {
-        let words = comptime!((config.stride() * 4) as u32);
-        let sum = cmma::Matrix::<f32>::from_value(
-            cmma::MatrixIdent::Accumulator,
-            SIDE,
-            SIDE,
-            SIDE,
-            cmma::MatrixLayout::Undefined,
-            0.0f32,
-        );
-        #[unroll]
-        for step in 0..config.steps() {
-            let at = comptime!(step * SIDE / HALVES);
-            // SAFETY: both are loaded before they are read.
-            let (a, b) = unsafe {
-                (
-                    cmma::Matrix::<f16>::uninitialized(
-                        cmma::MatrixIdent::A,
-                        SIDE,
-                        SIDE,
-                        SIDE,
-                        cmma::MatrixLayout::RowMajor,
-                    ),
-                    cmma::Matrix::<f16>::uninitialized(
-                        cmma::MatrixIdent::B,
-                        SIDE,
-                        SIDE,
-                        SIDE,
-                        cmma::MatrixLayout::ColMajor,
-                    ),
-                )
-            };
-            let from = row * stride + at;
-            cmma::load(&a, &query.slice(from, from + SIDE * stride), words);
-            let from = key * stride + at;
-            cmma::load(&b, &keys.slice(from, from + SIDE * stride), words);
-            cmma::execute::<f16, f16, f32, f32>(&a, &b, &sum, &sum);
-        }
-        cmma::store(
-            &mut scores.slice_mut(plane * AREA, (plane + 1) * AREA),
-            &sum,
-            comptime!(SIDE as u32),
-            cmma::MatrixLayout::RowMajor,
-        );
-    } else {
-        #[unroll]
-        for element in 0..comptime!(AREA / LANES) {
-            let element_at = lane + element * LANES;
-            let mut sum = 0.0f32;
-            for piece in 0..comptime!(config.padded()) {
-                let left = query[(row + element_at / SIDE) * stride + piece];
-                let right = keys[(key + element_at % SIDE) * stride + piece];
-                #[unroll]
-                for part in 0..comptime!(HALVES / 2) {
-                    let a = pair(left, part, Packing::F16);
-                    let b = pair(right, part, Packing::F16);
-                    sum = fma(a[0], b[0], fma(a[1], b[1], sum));
-                }
-            }
-            scores[plane * AREA + element_at] = sum;
-        }
+    let words = comptime!((config.stride() * 4) as u32);
+    let sum = cmma::Matrix::<f32>::from_value(
+        cmma::MatrixIdent::Accumulator,
+        SIDE,
+        SIDE,
+        SIDE,
+        cmma::MatrixLayout::Undefined,
+        0.0f32,
+    );
+    #[unroll]
+    for step in 0..config.steps() {
+        let at = comptime!(step * SIDE / HALVES);
+        // SAFETY: both are loaded before they are read.
+        let (a, b) = unsafe {
+            (
+                cmma::Matrix::<f16>::uninitialized(
+                    cmma::MatrixIdent::A,
+                    SIDE,
+                    SIDE,
+                    SIDE,
+                    cmma::MatrixLayout::RowMajor,
+                ),
+                cmma::Matrix::<f16>::uninitialized(
+                    cmma::MatrixIdent::B,
+                    SIDE,
+                    SIDE,
+                    SIDE,
+                    cmma::MatrixLayout::ColMajor,
+                ),
+            )
+        };
+        let from = row * stride + at;
+        cmma::load(&a, &query.slice(from, from + SIDE * stride), words);
+        let from = key * stride + at;
+        cmma::load(&b, &keys.slice(from, from + SIDE * stride), words);
+        cmma::execute::<f16, f16, f32, f32>(&a, &b, &sum, &sum);
     }
+    cmma::store(
+        &mut scores.slice_mut(plane * AREA, (plane + 1) * AREA),
+        &sum,
+        comptime!(SIDE as u32),
+        cmma::MatrixLayout::RowMajor,
+    );
 }
 
 /// Adds a tile's values times their weights to this plane's matrices.
@@ -202,84 +180,52 @@ fn add_values(
     weights: &SharedMemory<Piece>,
     values: &SharedMemory<Piece>,
     sums: &Sequence<cmma::Matrix<f32>>,
-    plain: &mut Array<f32>,
     #[comptime] config: TileAttention,
 ) {
     let stride = comptime!(config.stride());
-    let lane = UNIT_POS as usize % LANES;
     let plane = UNIT_POS as usize / LANES;
     let row = plane / ACROSS * SIDE;
-    if config.cooperative {
+    #[unroll]
+    for step in 0..comptime!(KEYS / SIDE) {
+        // SAFETY: it is loaded before it is read.
+        let a = unsafe {
+            cmma::Matrix::<f16>::uninitialized(
+                cmma::MatrixIdent::A,
+                SIDE,
+                SIDE,
+                SIDE,
+                cmma::MatrixLayout::RowMajor,
+            )
+        };
+        let from = row * WEIGHT_STRIDE + comptime!(step * SIDE / HALVES);
+        let words = comptime!((WEIGHT_STRIDE * 4) as u32);
+        cmma::load(
+            &a,
+            &weights.slice(from, from + comptime!(SIDE * WEIGHT_STRIDE)),
+            words,
+        );
         #[unroll]
-        for step in 0..comptime!(KEYS / SIDE) {
-            // SAFETY: it is loaded before it is read.
-            let a = unsafe {
+        for index in 0..config.wide() {
+            // Planes past the last column repeat it.
+            let column = min(
+                plane % ACROSS + comptime!(index * ACROSS),
+                comptime!(config.steps() - 1),
+            );
+            // SAFETY: as above.
+            let b = unsafe {
                 cmma::Matrix::<f16>::uninitialized(
-                    cmma::MatrixIdent::A,
+                    cmma::MatrixIdent::B,
                     SIDE,
                     SIDE,
                     SIDE,
                     cmma::MatrixLayout::RowMajor,
                 )
             };
-            let from = row * WEIGHT_STRIDE + comptime!(step * SIDE / HALVES);
-            let words = comptime!((WEIGHT_STRIDE * 4) as u32);
-            cmma::load(
-                &a,
-                &weights.slice(from, from + comptime!(SIDE * WEIGHT_STRIDE)),
-                words,
-            );
-            #[unroll]
-            for index in 0..config.wide() {
-                // Planes past the last column repeat it.
-                let column = min(
-                    plane % ACROSS + comptime!(index * ACROSS),
-                    comptime!(config.steps() - 1),
-                );
-                // SAFETY: as above.
-                let b = unsafe {
-                    cmma::Matrix::<f16>::uninitialized(
-                        cmma::MatrixIdent::B,
-                        SIDE,
-                        SIDE,
-                        SIDE,
-                        cmma::MatrixLayout::RowMajor,
-                    )
-                };
-                let from = comptime!(step * SIDE * config.stride()) + column * (SIDE / HALVES);
-                let words = comptime!((config.stride() * 4) as u32);
-                cmma::load(&b, &values.slice(from, from + SIDE * stride), words);
-                let sum = sums.index(index);
-                cmma::execute::<f16, f16, f32, f32>(&a, &b, sum, sum);
-            }
-        }
-    } else {
-        // A unit has eight columns of a row.
-        for share in 0..SHARES {
-            let factors = weights[(row + lane / 2) * WEIGHT_STRIDE + share];
-            #[unroll]
-            for index in 0..config.wide() {
-                let column = min(
-                    plane % ACROSS + comptime!(index * ACROSS),
-                    comptime!(config.steps() - 1),
-                );
-                #[unroll]
-                for key in 0..HALVES {
-                    let factor = pair(factors, comptime!(key / 2), Packing::F16);
-                    let at = (share * HALVES + key) * stride + column * 2 + lane % 2;
-                    let own = values[at];
-                    #[unroll]
-                    for half in 0..HALVES {
-                        let value = pair(own, comptime!(half / 2), Packing::F16);
-                        let place = comptime!(index * HALVES + half);
-                        plain[place] = fma(
-                            factor[comptime!(key % 2)],
-                            value[comptime!(half % 2)],
-                            plain[place],
-                        );
-                    }
-                }
-            }
+            let from = comptime!(step * SIDE * config.stride()) + column * (SIDE / HALVES);
+            let words = comptime!((config.stride() * 4) as u32);
+            cmma::load(&b, &values.slice(from, from + SIDE * stride), words);
+            let sum = sums.index(index);
+            cmma::execute::<f16, f16, f32, f32>(&a, &b, sum, sum);
         }
     }
 }
@@ -387,28 +333,16 @@ fn attend_in_tiles(
     sync_cube();
 
     let mut sums = Sequence::<cmma::Matrix<f32>>::new();
-    let mut plain = Array::<f32>::new(comptime!(if config.cooperative {
-        1
-    } else {
-        config.wide() * HALVES
-    }));
-    if config.cooperative {
-        #[unroll]
-        for _ in 0..config.wide() {
-            sums.push(cmma::Matrix::<f32>::from_value(
-                cmma::MatrixIdent::Accumulator,
-                SIDE,
-                SIDE,
-                SIDE,
-                cmma::MatrixLayout::Undefined,
-                0.0f32,
-            ));
-        }
-    } else {
-        #[unroll]
-        for index in 0..comptime!(config.wide() * HALVES) {
-            plain[index] = 0.0f32;
-        }
+    #[unroll]
+    for _ in 0..config.wide() {
+        sums.push(cmma::Matrix::<f32>::from_value(
+            cmma::MatrixIdent::Accumulator,
+            SIDE,
+            SIDE,
+            SIDE,
+            cmma::MatrixLayout::Undefined,
+            0.0f32,
+        ));
     }
     let mut total = 0.0f32;
     for tile in range_stepped(all_from, all_to, KEYS) {
@@ -444,7 +378,7 @@ fn attend_in_tiles(
             config,
         );
         sync_cube();
-        add_values(&weights, &shared, &sums, &mut plain, config);
+        add_values(&weights, &shared, &sums, config);
         sync_cube();
     }
     shares[unit] = total;
@@ -460,20 +394,12 @@ fn attend_in_tiles(
 
     #[unroll]
     for index in 0..config.wide() {
-        if config.cooperative {
-            cmma::store(
-                &mut scores.slice_mut(plane * AREA, (plane + 1) * AREA),
-                sums.index(index),
-                comptime!(SIDE as u32),
-                cmma::MatrixLayout::RowMajor,
-            );
-        } else {
-            #[unroll]
-            for half in 0..HALVES {
-                let at = plane * AREA + lane / 2 * SIDE + lane % 2 * HALVES + half;
-                scores[at] = plain[comptime!(index * HALVES + half)];
-            }
-        }
+        cmma::store(
+            &mut scores.slice_mut(plane * AREA, (plane + 1) * AREA),
+            sums.index(index),
+            comptime!(SIDE as u32),
+            cmma::MatrixLayout::RowMajor,
+        );
         sync_cube();
         let step = plane % ACROSS + comptime!(index * ACROSS);
         #[unroll]
@@ -508,20 +434,16 @@ pub(super) fn covers<R: CubeRuntime>(q: &Buffer<R>, cache: &Cache<'_, R>) -> boo
 }
 
 /// Attention output `[b, queries, h, d]` of `q` `[b, h, queries, d]`: each query over keys `[first, end)` as far
-/// as there are `keys`. Without `cooperative` matrices the device's units multiply.
+/// as there are `keys`.
 pub(super) fn attended<R: CubeRuntime>(
     q: &Buffer<R>,
     cache: &Cache<'_, R>,
     [first, end]: [&Buffer<R>; 2],
     keys: usize,
-    cooperative: bool,
 ) -> Buffer<R> {
     let [batch, heads, queries, head_dim] = q.meta.shape().dims();
     let group = heads / cache.keys.meta.shape()[1];
-    let config = TileAttention {
-        head_dim,
-        cooperative,
-    };
+    let config = TileAttention { head_dim };
     let y = empty(q, [batch, queries, heads, head_dim], q.dtype);
     let count = batch * queries.div_ceil(ROWS) * heads;
     let strides = |buffer: &Buffer<R>| {
@@ -562,7 +484,7 @@ pub(super) fn attended<R: CubeRuntime>(
 
 #[cfg(all(test, feature = "wgpu"))]
 mod tests {
-    use burn::tensor::{Tensor, backend::Backend as _};
+    use burn::tensor::Tensor;
 
     use super::{
         super::vulkan::{Backend, strided, tensor},
@@ -579,17 +501,15 @@ mod tests {
     #[ignore = "needs a Vulkan device with cooperative matrices"]
     fn attention_in_tiles() {
         let device = super::super::tests::device();
-        if !Backend::supports_dtype(&device, DType::F16) {
-            println!("SKIPPED: the adapter has no f16");
-            return;
-        }
+        let probe = strided(T::<1>::zeros([1], (&device, DType::F16)));
+        assert!(
+            cooperative(&probe.client),
+            "the device has no cooperative matrices"
+        );
         let padded = |before: usize, tokens: usize| [vec![-1; before], vec![0; tokens]].concat();
         let packed = [vec![0; 21], vec![1; 1], vec![2; 113]].concat();
         let causal =
             |segments: &[Vec<i32>], first| AttentionSpans::causal(segments, first, &device);
-        let mut modes = vec![false];
-        let probe = strided(T::<1>::zeros([1], (&device, DType::F16)));
-        modes.extend(cooperative(&probe.client).then_some(true));
         for (name, heads, kv_heads, head_dim, spans) in [
             ("packed", 4, 1, 32, causal(std::slice::from_ref(&packed), 0)),
             (
@@ -639,29 +559,27 @@ mod tests {
                 keys: &k,
                 values: &v,
             };
-            for mode in &modes {
-                let y = attended(&q, &cache, [&first, &end], keys, *mode);
-                let got: Vec<f32> = to_f32(tensor::<4>(y).swap_dims(1, 2))
-                    .into_data()
-                    .to_vec()
-                    .unwrap();
-                let (mut off, mut size) = (0.0f64, 0.0f64);
-                for (at, (got, want)) in got.iter().zip(&want).enumerate() {
-                    // The output of padding rows is not compared.
-                    if name == "padded"
-                        && at / (heads * queries * head_dim) == 0
-                        && at / head_dim % queries < 3
-                    {
-                        continue;
-                    }
-                    off += f64::from(got - want).powi(2);
-                    size += f64::from(*want).powi(2);
+            let y = attended(&q, &cache, [&first, &end], keys);
+            let got: Vec<f32> = to_f32(tensor::<4>(y).swap_dims(1, 2))
+                .into_data()
+                .to_vec()
+                .unwrap();
+            let (mut off, mut size) = (0.0f64, 0.0f64);
+            for (at, (got, want)) in got.iter().zip(&want).enumerate() {
+                // The output of padding rows is not compared.
+                if name == "padded"
+                    && at / (heads * queries * head_dim) == 0
+                    && at / head_dim % queries < 3
+                {
+                    continue;
                 }
-                let distance = (off / size).sqrt();
-                println!("{name}, cooperative {mode}: {distance:.2e}");
-                // Weights and results are rounded to f16.
-                assert!(distance < 1e-3, "{name}, cooperative {mode}: {distance}");
+                off += f64::from(got - want).powi(2);
+                size += f64::from(*want).powi(2);
             }
+            let distance = (off / size).sqrt();
+            println!("{name}: {distance:.2e}");
+            // Weights and results are rounded to f16.
+            assert!(distance < 1e-3, "{name}: {distance}");
         }
     }
 

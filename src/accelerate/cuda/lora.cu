@@ -439,11 +439,11 @@ ENTRY(const float* part, EACH_ADAPTER(float*, a), const __grid_constant__ Parame
 
 #if LOW_RANK_SPREAD
 // dx += sum over adapters of drop_i(low_i A_i): dx [rows, width] bf16, low_i [rows, RANK] bf16,
-// A_i [RANK, width] f32; in place, or with GATED on to the gradients of gate and up of
+// A_i [RANK, width] f32; in place, or with SWIGLU on to the gradients of gate and up of
 // SwiGLU, silu(gate) * up, where dx is the gradient of its output.
 extern "C" __global__ void __launch_bounds__(128)
 ENTRY(EACH_ADAPTER(const u16*, low), EACH_ADAPTER(const float*, a), u16* dx,
-#if GATED
+#if SWIGLU
       const u16* gate, const u16* up, u16* dgate, u16* dup,
 #endif
       const __grid_constant__ Parameters p) {
@@ -529,7 +529,7 @@ ENTRY(EACH_ADAPTER(const u16*, low), EACH_ADAPTER(const float*, a), u16* dx,
             for (int h = 0; h < 2; h++) {
                 if (row + h * 8 + lane_row >= end) continue;
                 const u64 place = (u64)(row + h * 8 + lane_row) * width + column + c * 32;
-#if GATED
+#if SWIGLU
                 float g[VECTOR], u[VECTOR];
                 load_vector(gate + place, g);
                 load_vector(up + place, u);

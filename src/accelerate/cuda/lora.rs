@@ -17,7 +17,7 @@ use crate::ops::{BackwardMatmul, Dropout, LowRank, LowRankBackward, LowRankGradi
 const SOURCES: &[&str] = &[
     include_str!("scalar.cuh"),
     include_str!("dropout.cuh"),
-    include_str!("gated.cuh"),
+    include_str!("swiglu.cuh"),
     include_str!("lora.cu"),
 ];
 
@@ -457,7 +457,7 @@ fn spread(adapters: &[&(Tensor<Backend, 2>, LowRank<Backend>)], dx: &Buffer, gat
     operands.extend(wide.map(|x| Operand::contiguous(x, DType::BF16, [rows, width])));
     let more = [
         ("COLUMN_TILES", tiles as i64),
-        ("GATED", i64::from(!gate_up.is_empty())),
+        ("SWIGLU", i64::from(!gate_up.is_empty())),
     ];
     launch(
         &dx.client,

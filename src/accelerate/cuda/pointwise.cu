@@ -1,9 +1,9 @@
 // Pointwise operations over contiguous tensors, a vector a thread and step. Limit: memory.
 //
-// Configuration: one of GATED, GATED_BACKWARD, GELU_TANH, GELU_EXACT. The number of elements is a
+// Configuration: one of SWIGLU, SWIGLU_BACKWARD, GELU_TANH, GELU_EXACT. The number of elements is a
 // multiple of VECTOR.
 // Source: Shazeer 2020, "GLU Variants Improve Transformer"; Hendrycks and Gimpel 2016, "Gaussian Error Linear Units".
-// On an H100 (Nsight Compute), GATED: 88 % of the memory's rate with 5,888 rows of 12,288, 63 % with 368; 36 registers.
+// On an H100 (Nsight Compute), SWIGLU: 88 % of the memory's rate with 5,888 rows of 12,288, 63 % with 368; 36 registers.
 
 struct Parameters {
     u64 vectors;
@@ -21,7 +21,7 @@ __device__ __forceinline__ float gelu_exact(float x) {
     for (u64 at = ((u64)blockIdx.x * blockDim.x + threadIdx.x) * VECTOR;           \
          at < p.vectors * VECTOR; at += (u64)gridDim.x * blockDim.x * VECTOR)
 
-#if GATED
+#if SWIGLU
 extern "C" __global__ void __launch_bounds__(256)
 ENTRY(const scalar* gate, const scalar* up, scalar* y, const __grid_constant__ Parameters p) {
     FOR_EACH_VECTOR(at) {
@@ -35,7 +35,7 @@ ENTRY(const scalar* gate, const scalar* up, scalar* y, const __grid_constant__ P
 }
 #endif
 
-#if GATED_BACKWARD
+#if SWIGLU_BACKWARD
 extern "C" __global__ void __launch_bounds__(256)
 ENTRY(const scalar* gate, const scalar* up, const scalar* dy, scalar* dgate, scalar* dup,
       const __grid_constant__ Parameters p) {

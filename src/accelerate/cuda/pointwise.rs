@@ -11,7 +11,7 @@ use super::{
 
 const SOURCES: &[&str] = &[
     include_str!("scalar.cuh"),
-    include_str!("gated.cuh"),
+    include_str!("swiglu.cuh"),
     include_str!("pointwise.cu"),
 ];
 
@@ -39,7 +39,7 @@ fn run<const OUT: usize>(
     let inputs: Vec<Buffer> = inputs.iter().map(|x| contiguous((*x).clone())).collect();
     let like = &inputs[0];
     let mut defines = vec![("SCALAR_BF16", bf16), (variant, 1)];
-    for other in ["GATED", "GATED_BACKWARD", "GELU_TANH", "GELU_EXACT"] {
+    for other in ["SWIGLU", "SWIGLU_BACKWARD", "GELU_TANH", "GELU_EXACT"] {
         if other != variant {
             defines.push((other, 0));
         }
@@ -68,7 +68,7 @@ pub(super) fn swiglu(
     gate: &Tensor<Backend, 2>,
     up: &Tensor<Backend, 2>,
 ) -> Option<Tensor<Backend, 2>> {
-    run("gated", "GATED", &[gate, up]).map(|[y]| y)
+    run("swiglu", "SWIGLU", &[gate, up]).map(|[y]| y)
 }
 
 pub(super) fn swiglu_backward(
@@ -76,7 +76,7 @@ pub(super) fn swiglu_backward(
     up: &Tensor<Backend, 2>,
     dy: &Tensor<Backend, 2>,
 ) -> Option<[Tensor<Backend, 2>; 2]> {
-    run("swiglu_backward", "GATED_BACKWARD", &[gate, up, dy])
+    run("swiglu_backward", "SWIGLU_BACKWARD", &[gate, up, dy])
 }
 
 pub(super) fn gelu_tanh(x: &Tensor<Backend, 2>) -> Option<Tensor<Backend, 2>> {

@@ -59,7 +59,7 @@ impl Attempts {
     }
 }
 
-/// A hub that can be asked.
+/// Requests to a hub.
 pub(super) struct Client {
     pub(super) hub: Hub,
     pub(super) endpoint: String,

@@ -1,4 +1,4 @@
-//! What a folder of a model holds, told by the names of its files: whole or not, and in which form.
+//! What a folder of a model holds, by the names of its files: whole or not, and in which form.
 
 use std::{
     collections::BTreeSet,

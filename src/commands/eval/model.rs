@@ -23,7 +23,7 @@ use crate::{
     },
     dataset::{
         Dataset,
-        loader::{Overlong, WindowKind, WindowLoader, WindowPlan},
+        loader::{WindowLoader, WindowPlan},
     },
     eval::{
         baselines::systems::swapped,
@@ -174,19 +174,8 @@ impl ModelWork {
     fn loss<B: Accelerator>(&self, pipeline: &Pipeline<B>) -> Result<LossTotals> {
         let parts = std::sync::Arc::new(pipeline.parts.clone());
         let loader = |batch_size: usize| {
-            let plan = WindowPlan {
-                epochs: 1.0,
-                batch_size,
-                accumulation: 1,
-                devices: 1,
-                packing_tokens: 0,
-                // Nothing is cut: what the model was trained on is not known here.
-                max_length: usize::MAX,
-                overlong: Overlong::Error,
-                seed: 0,
-                in_order: true,
-                kind: WindowKind::Answers,
-            };
+            // Nothing is cut: what the model was trained on is not known here.
+            let plan = WindowPlan::once_in_order(batch_size);
             WindowLoader::new(self.data.clone(), parts.clone(), plan, 0, 1)
         };
         // Rows in order go some at a time, the rest and chosen rows one by one.

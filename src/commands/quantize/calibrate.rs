@@ -13,17 +13,19 @@ use crate::{
     },
     base::files::size_text,
     commands::{
-        pipeline_options::checkpoint_alone,
         progress::{Progress, Unit},
         shared_args::ReadingArgs,
         usage::UsageError,
     },
     dataset::{
         Dataset,
-        loader::{Overlong, WindowKind, WindowLoader, WindowPlan},
+        loader::{WindowLoader, WindowPlan},
     },
     qwen3_vl::{config::Qwen3VlConfig, weights::Checkpoint},
-    runtime::{accelerator::Accelerator, pipeline::TextAndImages},
+    runtime::{
+        accelerator::Accelerator,
+        pipeline::{PipelineOptions, TextAndImages},
+    },
     study::counted,
 };
 
@@ -109,28 +111,16 @@ pub(super) fn calibrate<B: Accelerator>(
     for remark in dataset.remarks() {
         eprintln!("note: {remark}");
     }
-    let parts = TextAndImages::load(&checkpoint_alone(from.to_path_buf(), dtype))?;
+    let parts = TextAndImages::load(&PipelineOptions::new(from.to_path_buf(), dtype))?;
     eprintln!("{}", parts.pixel_limits());
     let (chosen, held_out) = rows(
         dataset.len(),
         args.calibration_samples,
         args.held_out_samples,
     );
-    let plan = WindowPlan {
-        epochs: 1.0,
-        batch_size: 1,
-        accumulation: 1,
-        devices: 1,
-        packing_tokens: 0,
-        max_length: usize::MAX,
-        overlong: Overlong::Error,
-        seed: 0,
-        in_order: true,
-        kind: WindowKind::Answers,
-    };
     let mut calibration =
         Calibration::<B>::new(checkpoint.clone(), config, formats, dtype, device)?;
-    let loader = WindowLoader::new(dataset, Arc::new(parts), plan, 0, 1);
+    let loader = WindowLoader::new(dataset, Arc::new(parts), WindowPlan::once_in_order(1), 0, 1);
     let count = chosen.len() + held_out.len();
     let mut progress = Progress::new("samples", count as u64, Unit::Items);
     let mut tokens = 0;

@@ -134,7 +134,7 @@ pub struct Summary {
     pub studies_in_both: usize,
     /// Patients, as far as they are known, with rows in more than one part.
     pub patients_in_both: usize,
-    /// What was decided without being asked, and what there is to know about the corpus.
+    /// What was decided by default, and what there is to know about the corpus.
     pub remarks: Vec<String>,
     /// What has to be looked at before the files are used.
     pub warnings: Vec<String>,

@@ -26,3 +26,16 @@ impl Share {
         (self.first..self.first + self.count).contains(&(number % self.of))
     }
 }
+
+/// Parts of a window for each device, in their order, so that what devices add up one after the other is what one
+/// device would add up; a partial window is shared as well.
+pub fn dealt_out<T>(all: Vec<T>, devices: usize) -> Vec<Vec<T>> {
+    let items = all.len();
+    let mut all = all.into_iter();
+    (0..devices)
+        .map(|device| {
+            let part = Share::part(items, device, devices);
+            all.by_ref().take(part.len()).collect()
+        })
+        .collect()
+}

@@ -1,20 +1,14 @@
 //! Windows, their shares and their packing.
 
 use super::*;
-use crate::runtime::pipeline::PipelineOptions;
+use crate::{batch::micro_batch::MicroBatch, runtime::pipeline::PipelineOptions};
 
 fn loader(packing_tokens: usize, devices: usize) -> WindowLoader {
     let root = std::path::Path::new(env!("CARGO_MANIFEST_DIR"));
-    let parts = TextAndImages::load(&PipelineOptions {
-        model: root.join("model/tiny"),
-        adapter: None,
-        dtype: burn::tensor::DType::F32,
-        quantize: None,
-        min_pixels: None,
-        max_pixels: None,
-        gguf: Default::default(),
-        memory: None,
-    })
+    let parts = TextAndImages::load(&PipelineOptions::new(
+        root.join("model/tiny"),
+        burn::tensor::DType::F32,
+    ))
     .unwrap();
     let plan = WindowPlan {
         epochs: 2.0,

@@ -155,6 +155,9 @@ impl<B: Backend> QuantisedCache<B> {
     }
 
     /// The named rows of the batch.
+    ///
+    /// # Shapes
+    /// - `rows`: `[n]`
     pub fn select(self, rows: Tensor<B, 1, Int>) -> Self {
         Self {
             keys: self.keys.select(rows.clone()),

@@ -57,7 +57,7 @@ impl Format {
         }
     }
 
-    /// Whether the values lie about zero, with no zero points stored. Kernels that read the words cover
+    /// Whether the values are symmetric about zero, with no zero points stored. Kernels that read the words cover
     /// these forms only.
     pub fn is_symmetric(self) -> bool {
         !matches!(self, Self::Int4Zeros { .. })

@@ -40,8 +40,11 @@ pub struct QuantisedWeight<B: Backend> {
 }
 
 impl<B: Backend> QuantisedWeight<B> {
-    /// Takes tensors that are quantised already, `words` `[out, words of a row]` and `scales`
-    /// `[out, scales of a row]`; `dtype` is the type the values count as.
+    /// Takes tensors that are quantised already; `dtype` is the type the values count as.
+    ///
+    /// # Shapes
+    /// - `words`: `[out, words of a row]`
+    /// - `scales`: `[out, scales of a row]`
     ///
     /// # Panics
     /// If the shapes are not those of `format` for `d_input` inputs, or it has zero points.
@@ -55,7 +58,11 @@ impl<B: Backend> QuantisedWeight<B> {
         Self::with_zeros(words, scales, None, format, d_input, dtype)
     }
 
-    /// [`Self::new`] with zero points, in shape and type as the scales, whole numbers 0 to 15.
+    /// [`Self::new`] with zero points, whole numbers 0 to 15 in the type of the scales.
+    ///
+    /// # Shapes
+    /// - `words`: `[out, words of a row]`
+    /// - `scales` and `zeros`: `[out, scales of a row]`
     ///
     /// # Panics
     /// If the shapes are not those of `format` for `d_input` inputs, or zero points are missing or too many.
@@ -223,7 +230,10 @@ impl<B: Backend> QuantisedWeight<B> {
         }
     }
 
-    /// The rows `indices` `[n]`: `[n, in]`.
+    /// Some rows, in the order of `indices`: a matrix `[n, in]`.
+    ///
+    /// # Shapes
+    /// - `indices`: `[n]`
     pub fn select(&self, indices: Tensor<B, 1, Int>) -> Self {
         let this = self.by_rows();
         Self {

@@ -68,7 +68,7 @@ pub enum Stepped {
     Token(Option<u32>),
 }
 
-/// One token more for a sequence. Rows of one slot stand together in a step: its newest token and then tokens drafted after
+/// One token more for a sequence. Rows of one slot are adjacent in a step: its newest token and then tokens drafted after
 /// it, each of which sees those before it.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct StepRow {

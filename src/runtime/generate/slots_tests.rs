@@ -18,16 +18,7 @@ fn repository(path: &str) -> PathBuf {
 }
 
 fn pipeline() -> Pipeline<Flex> {
-    let options = PipelineOptions {
-        model: repository("model/tiny"),
-        adapter: None,
-        dtype: DType::F32,
-        quantize: None,
-        min_pixels: None,
-        max_pixels: None,
-        gguf: Default::default(),
-        memory: None,
-    };
+    let options = PipelineOptions::new(repository("model/tiny"), DType::F32);
     Pipeline::load(&options, Default::default(), &mut |_, _| {}).unwrap()
 }
 

@@ -34,6 +34,22 @@ pub struct PipelineOptions {
     pub memory: Option<MemoryLimit>,
 }
 
+impl PipelineOptions {
+    /// A checkpoint as it is on the disk, its values as `dtype`.
+    pub fn new(model: PathBuf, dtype: DType) -> Self {
+        Self {
+            model,
+            adapter: None,
+            dtype,
+            quantize: None,
+            min_pixels: None,
+            max_pixels: None,
+            gguf: GgufParts::default(),
+            memory: None,
+        }
+    }
+}
+
 /// Memory of a device that a model and its work may take.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct MemoryLimit {

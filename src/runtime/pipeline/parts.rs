@@ -314,7 +314,7 @@ mod tests {
     use burn::tensor::DType;
 
     use super::*;
-    use crate::{processor::patches::PREPROCESSOR_FILE, qwen3_vl::weights::gguf::GgufParts};
+    use crate::processor::patches::PREPROCESSOR_FILE;
 
     /// The text side of `model/tiny`, copied to a folder that tests may change.
     fn folder() -> (tempfile::TempDir, PipelineOptions) {
@@ -329,16 +329,7 @@ mod tests {
                 fs::copy(&path, dir.path().join(path.file_name().unwrap())).unwrap();
             }
         }
-        let options = PipelineOptions {
-            model: dir.path().to_path_buf(),
-            adapter: None,
-            dtype: DType::F32,
-            quantize: None,
-            min_pixels: None,
-            max_pixels: None,
-            gguf: GgufParts::default(),
-            memory: None,
-        };
+        let options = PipelineOptions::new(dir.path().to_path_buf(), DType::F32);
         (dir, options)
     }
 

@@ -19,7 +19,7 @@ use crate::{
     runtime::generate::Prompt,
 };
 
-/// Side of the image, in pixels, where nothing else is asked for.
+/// Side of the image, in pixels, by default.
 pub const IMAGE_SIDE: usize = 512;
 /// Text tokens in front of the image's start token.
 const BEFORE_IMAGE: usize = 3;

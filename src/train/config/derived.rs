@@ -98,14 +98,9 @@ impl TrainConfig {
     /// Windows of a validation set: in order, once.
     pub fn validation_plan(&self) -> WindowPlan {
         WindowPlan {
-            epochs: 1.0,
-            batch_size: self.per_device_eval_batch_size,
-            accumulation: 1,
-            devices: 1,
-            packing_tokens: 0,
-            in_order: true,
-            kind: WindowKind::Answers,
-            ..self.window_plan(1)
+            max_length: self.max_length,
+            overlong: self.overlong,
+            ..WindowPlan::once_in_order(self.per_device_eval_batch_size)
         }
     }
 

@@ -19,10 +19,11 @@ use crate::{
     runtime::accelerator::TrainAccelerator,
     train::{
         generation::{GenerateBatch, Generated},
-        learner::{StepReading, Trainee},
+        learner::Trainee,
         loss::LossTotals,
         objective::sums::ObjectiveSums,
         optimizer::{AdamW, norm_of},
+        step_numbers::StepReading,
     },
 };
 

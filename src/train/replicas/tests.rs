@@ -21,16 +21,10 @@ fn two_ranks(patience: Duration) -> (Trainee<AB>, Result<Replicas<AB>, RankError
         lora_dropout: 0.0,
         ..TrainConfig::default()
     };
-    let options = PipelineOptions {
-        model: Path::new(env!("CARGO_MANIFEST_DIR")).join("model/tiny"),
-        adapter: None,
-        dtype: DType::F32,
-        quantize: None,
-        min_pixels: None,
-        max_pixels: None,
-        gguf: Default::default(),
-        memory: None,
-    };
+    let options = PipelineOptions::new(
+        Path::new(env!("CARGO_MANIFEST_DIR")).join("model/tiny"),
+        DType::F32,
+    );
     let device = Default::default();
     let parts = TextAndImages::load(&options).unwrap();
     let sizes = parts.config.clone();

@@ -161,17 +161,7 @@ fn matmuls() {
 #[test]
 #[ignore = "needs an NVIDIA GPU"]
 fn dropout_masks_are_the_host_s_bit_for_bit() {
-    let device = device();
-    for (rows, width, probability) in [(1, 1, 0.5), (5, 7, 0.25), (400, 4096, 0.05)] {
-        let dropout = Dropout {
-            probability,
-            seed: 0x0123_4567_89ab_cdef,
-        };
-        let like = normal([rows, width], 1.0, DType::F32, &device);
-        let mask = Cuda::dropout_mask(&like, dropout).into_data();
-        let wanted = dropout.mask(rows * width);
-        assert_eq!(mask.to_vec::<f32>().unwrap(), wanted, "{rows} x {width}");
-    }
+    draws::check_dropout_masks::<Cuda>(&device());
 }
 
 /// Adapters over one input, alone and several together, of which a launch may serve some.

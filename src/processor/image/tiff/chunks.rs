@@ -17,7 +17,7 @@ use crate::processor::remark::Remark;
 
 /// The numbers of a page.
 #[derive(Debug, Clone, PartialEq)]
-pub(super) enum Numbers {
+pub(super) enum PageValues {
     /// `[height, width, samples]`: whole numbers of 16 bits at most; JPEG of colours as red, green, blue.
     Levels(Vec<u16>),
     /// `[height, width]`: the first sample of each pixel, with a sign or a fraction.
@@ -43,7 +43,7 @@ pub(super) fn numbers(
     layout: &Layout,
     limits: &DecodeLimits,
     remarks: &mut Vec<Remark>,
-) -> Result<Numbers, Refusal> {
+) -> Result<PageValues, Refusal> {
     if layout.compression == Compression::OldJpeg
         && let Some(stream) = old_jpeg::stream(tiff, directory, layout)?
     {
@@ -141,16 +141,16 @@ fn with_tables<'a>(tables: Option<&[u8]>, data: &'a [u8]) -> Cow<'a, [u8]> {
 /// The numbers of a page while its chunks are put in.
 struct Target<'a> {
     layout: &'a Layout,
-    numbers: Numbers,
+    numbers: PageValues,
 }
 
 impl<'a> Target<'a> {
     fn new(layout: &'a Layout) -> Self {
         let pixels = layout.width * layout.height;
         let numbers = if layout.is_measured() {
-            Numbers::Measured(vec![0.0; pixels])
+            PageValues::Measured(vec![0.0; pixels])
         } else {
-            Numbers::Levels(vec![0; pixels * layout.samples])
+            PageValues::Levels(vec![0; pixels * layout.samples])
         };
         Self { layout, numbers }
     }
@@ -267,7 +267,7 @@ impl<'a> Target<'a> {
         let layout = self.layout;
         let samples = layout.samples_together();
         let size = layout.bits as usize / 8;
-        if let Numbers::Measured(values) = &mut self.numbers {
+        if let PageValues::Measured(values) = &mut self.numbers {
             let first = (chunk.top + row) * layout.width + chunk.left;
             let targets = &mut values[first..first + columns];
             if layout.bits < 8 || !layout.bits.is_multiple_of(8) {
@@ -301,7 +301,7 @@ impl<'a> Target<'a> {
     /// Puts the numbers of a row of a chunk in their places.
     fn put_line(&mut self, chunk: &Chunk, row: usize, line: impl Iterator<Item = u16>) {
         let layout = self.layout;
-        let Numbers::Levels(levels) = &mut self.numbers else {
+        let PageValues::Levels(levels) = &mut self.numbers else {
             return;
         };
         let first = (chunk.top + row) * layout.width + chunk.left;
@@ -327,7 +327,7 @@ impl<'a> Target<'a> {
         (rows, columns): (usize, usize),
         row_bytes: usize,
     ) {
-        let Numbers::Levels(levels) = &mut self.numbers else {
+        let PageValues::Levels(levels) = &mut self.numbers else {
             return;
         };
         let (width, samples) = (self.layout.width, self.layout.samples);

@@ -5,7 +5,7 @@ use image::{DynamicImage, GrayImage, ImageBuffer, Luma, Rgb, RgbImage, Rgba, Rgb
 use super::super::measured;
 use super::super::refusal::Refusal;
 use super::super::rgb::cmyk_to_rgb;
-use super::chunks::Numbers;
+use super::chunks::PageValues;
 use super::directory::{Directory, Tiff, tag};
 use super::layout::{Alpha, Layout, Photometric};
 use crate::processor::remark::Remark;
@@ -18,12 +18,12 @@ pub(super) fn picture(
     tiff: &Tiff<'_>,
     directory: &Directory,
     layout: &Layout,
-    numbers: Numbers,
+    numbers: PageValues,
     remarks: &mut Vec<Remark>,
 ) -> Result<DynamicImage, Refusal> {
     let levels = match numbers {
-        Numbers::Levels(levels) => levels,
-        Numbers::Measured(values) => {
+        PageValues::Levels(levels) => levels,
+        PageValues::Measured(values) => {
             let shown = measured::levels(&values, layout.white_is_zero(), remarks);
             let size = (layout.width as u32, layout.height as u32);
             return GrayImage::from_raw(size.0, size.1, shown)

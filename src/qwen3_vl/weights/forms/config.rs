@@ -1,4 +1,4 @@
-//! The entry `quantization_config`, key by key: what is not asked for is found at the end.
+//! The entry `quantization_config`, key by key: one that no reader has used is an error at the end.
 
 use std::{cell::RefCell, collections::BTreeSet, path::Path};
 

@@ -216,7 +216,7 @@ fn zip64(mut extra: &[u8]) -> Result<&[u8], Problem> {
 }
 
 impl<'a> Archive<'a> {
-    /// Reads the directory; entries lie between the start of the file and the directory, and none overlaps
+    /// Reads the directory; entries are between the start of the file and the directory, and none overlaps
     /// another.
     pub(super) fn read(bytes: &'a [u8]) -> Result<Self, Problem> {
         let directory = Directory::find(bytes)?;

@@ -105,7 +105,7 @@ impl Drafter for RepeatDrafter {
     }
 }
 
-/// The tokens after the place in `text` where the most of the last tokens of `context` stand, `least` at least; of equals
+/// The tokens after the place in `text` where the most of the last tokens of `context` occur, `least` at least; of equals
 /// the place with the least `distance`.
 fn after_longest_match(
     text: &[u32],

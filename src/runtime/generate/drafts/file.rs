@@ -53,6 +53,16 @@ pub enum DraftsError {
         /// The file.
         path: PathBuf,
     },
+    /// More tokens than an index has places.
+    #[error(
+        "`{data}` holds answers of {tokens} tokens, more than the 4,294,967,295 of a store; write one from fewer rows"
+    )]
+    TooMany {
+        /// The data.
+        data: String,
+        /// Tokens of all answers.
+        tokens: usize,
+    },
     /// Nothing to draft from.
     #[error(
         "`{0}` holds no answer to draft from; expected rows whose assistant messages are learnt"
@@ -68,7 +78,28 @@ pub struct DraftStore {
 }
 
 impl DraftStore {
+    /// The store of the answers of a data set called `data`, each with the token that ends it.
+    ///
+    /// # Errors
+    /// [`DraftsError::Empty`] without an answer, [`DraftsError::TooMany`] with more than fit.
+    pub fn of_answers(data: &str, answers: &[Vec<u32>]) -> Result<Self, DraftsError> {
+        let tokens = answers.iter().map(Vec::len).sum();
+        if tokens == 0 {
+            return Err(DraftsError::Empty(data.into()));
+        }
+        if !SuffixIndex::holds(answers.len(), tokens) {
+            return Err(DraftsError::TooMany {
+                data: data.into(),
+                tokens,
+            });
+        }
+        Ok(Self::new(answers))
+    }
+
     /// A store of token ids, each text with the token that ends it.
+    ///
+    /// # Panics
+    /// If they are 2³² or more with one beside each text.
     pub fn new(texts: &[Vec<u32>]) -> Self {
         Self {
             index: SuffixIndex::new(texts.iter().map(Vec::as_slice)),

@@ -29,15 +29,21 @@ pub(super) struct Continuation {
 pub(super) struct SuffixIndex {
     /// `START text START text … START`.
     pub(super) text: Vec<u32>,
-    /// Places in `text`, by what stands there: the first `LONGEST_CONTEXT + 1` tokens, then the place.
+    /// Places in `text`, sorted by the tokens that begin there: the first `LONGEST_CONTEXT + 1` tokens, then the place.
     pub(super) order: Vec<u32>,
 }
 
 impl SuffixIndex {
+    /// Whether an index can hold `texts` texts of so many `tokens` together: its places are 32 bits wide.
+    pub(super) fn holds(texts: usize, tokens: usize) -> bool {
+        // Each text has its `START`, and the last one another after it.
+        u32::try_from(tokens.saturating_add(texts).saturating_add(1)).is_ok()
+    }
+
     /// The index of some texts; empty ones are left out.
     ///
     /// # Panics
-    /// If there are 2³² tokens or more, or one of them is `START`.
+    /// If the texts are more than it [holds](Self::holds), or a token is `START`.
     pub(super) fn new<'a>(texts: impl IntoIterator<Item = &'a [u32]>) -> Self {
         let mut text = Vec::new();
         for one in texts.into_iter().filter(|one| !one.is_empty()) {
@@ -48,7 +54,7 @@ impl SuffixIndex {
         if !text.is_empty() {
             text.push(START);
         }
-        let places = u32::try_from(text.len()).expect("fewer than 2^32 tokens");
+        let places = u32::try_from(text.len()).expect("the caller counts the tokens");
         let mut order: Vec<u32> = (0..places).collect();
         order.par_sort_unstable_by(|a, b| {
             let [left, right] = [a, b].map(|place| head(&text, *place, LONGEST_CONTEXT + 1));
@@ -115,7 +121,7 @@ impl SuffixIndex {
     }
 }
 
-/// What stands at a place, at most `tokens` tokens.
+/// The tokens from a place on, at most `tokens` of them.
 fn head(text: &[u32], place: u32, tokens: usize) -> &[u32] {
     let rest = &text[place as usize..];
     &rest[..tokens.min(rest.len())]
@@ -147,6 +153,14 @@ mod tests {
         assert_eq!(after(&[3, 9]), None);
         assert_eq!(after(&[]), None);
         assert_eq!(SuffixIndex::new([]).continuation(&[START]), None);
+    }
+
+    #[test]
+    fn places_are_32_bits_wide() {
+        let most = u32::MAX as usize;
+        assert!(SuffixIndex::holds(3, most - 4));
+        assert!(!SuffixIndex::holds(3, most - 3));
+        assert!(!SuffixIndex::holds(1, usize::MAX));
     }
 
     /// Against counts of all n-grams in a table.

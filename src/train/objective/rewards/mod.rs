@@ -185,7 +185,7 @@ impl RewardTable {
     }
 }
 
-/// A list of rewards, ready to be asked.
+/// A list of rewards, ready to score.
 pub struct Rewards {
     parts: Vec<(String, f64, Box<dyn Reward>)>,
 }

@@ -16,7 +16,7 @@ use super::{Answered, Reward, RewardConfig};
 /// Seconds that the answers of a rollout may take.
 const PATIENCE: f64 = 600.0;
 
-/// Times that a server is asked before the run ends.
+/// Requests to a server before the run ends.
 const ATTEMPTS: u32 = 4;
 
 /// Wait after the first failure; it doubles.
