@@ -255,7 +255,20 @@ fn other_format(bytes: &[u8]) -> Option<(&'static str, &'static str)> {
             "unpack it (`tar -xf FILE -C DIR`) and write a line a sample that names its picture and holds its text: `{\"image\": \"000.png\", \"report\": \"…\"}`, which `convert` reads",
         ));
     }
-    let formats: [(&[u8], &str, &str); 18] = [
+    let start = bytes.trim_ascii_start();
+    let start = start[..start.len().min(15)].to_ascii_lowercase();
+    if start.starts_with(b"<!doctype html") || start.starts_with(b"<html") {
+        return Some((
+            "a page of the web (HTML)",
+            "download the file itself, not the page about it: on a hub by its link `resolve` and not `blob`",
+        ));
+    }
+    let formats: [(&[u8], &str, &str); 19] = [
+        (
+            b"version https://git-lfs",
+            "a pointer of git-lfs",
+            "the data are still on the server: fetch them with `git lfs pull`, or download the file from the hub",
+        ),
         (
             b"\x80\x04\x95",
             "a Python pickle",

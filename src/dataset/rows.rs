@@ -11,7 +11,7 @@ use serde_json::Value;
 
 use super::folder;
 pub use super::table::Rows;
-use super::table::{csv_rows, delimiter, parquet_rows};
+use super::table::{csv_rows, delimited, parquet_rows};
 use crate::base::files::{sha256_bytes, sha256_file};
 use crate::base::text_file::{TextFileError, decode, is_gzip, read_limited, unpack};
 use crate::processor::sample::{fields_of, is_training_form, object_of};
@@ -184,8 +184,9 @@ impl DataFile {
                     .map(|(number, value)| (*number, object_of(value.clone()))),
             ),
             Content::Table(text) => {
-                let first = text.lines().next().unwrap_or_default();
-                csv_rows(text, delimiter(first)).map_err(|reason| failed(1, reason))?
+                let (skipped, delimiter, table) = delimited(text);
+                let rows = csv_rows(table, delimiter).map_err(|why| failed(1 + skipped, why))?;
+                Box::new(rows.map(move |(line, row)| (line + skipped, row)))
             }
             Content::Parquet => {
                 let file = File::open(&self.path).map_err(|cause| failed(0, cause.to_string()))?;
@@ -298,6 +299,11 @@ fn content(
         Err(_) if is_only || text.lines().take(LOOKED_AT).any(is_object) => {
             Ok(Content::Lines(text))
         }
+        Err(_) if first.ends_with("},") && is_object(&first[..first.len() - 1]) => Err((
+            number,
+            "not JSON: a comma is behind the row; hint: `sed -i 's/,[[:space:]]*$//' FILE` takes such commas away"
+                .to_owned(),
+        )),
         Err(reason) => Err((number, format!("not JSON: {reason}"))),
     }
 }
@@ -406,6 +412,12 @@ mod tests {
             ("a.jsonl", format!("[{ROW},\n{ROW}]"), vec![1, 2], 2),
             ("a.json", format!("[{ROW},{ROW}]"), vec![1, 2], 2),
             ("a.json", format!("[1,{ROW}]"), vec![1, 2], 1),
+            (
+                "a.csv",
+                "\u{feff}sep=;\r\nquery;response\r\nq,q;a\r\n".to_owned(),
+                vec![3],
+                1,
+            ),
             (
                 "a.json",
                 format!("{{\"data\":[{ROW}],\"version\":1}}"),

@@ -16,8 +16,21 @@ pub type Rows<'a> = Box<dyn Iterator<Item = (usize, Result<Map<String, Value>, R
 /// Keys whose cells are numbers or truth values in a table of text.
 const SCALARS: [&str; 4] = ["loss", "loss_scale", "min_pixels", "max_pixels"];
 
+/// A table without the line `sep=;` that Excel reads in front of one, and the delimiter: the one named there, else the most
+/// frequent of tab, comma and semicolon in the first line. The number is that of lines left out.
+pub(super) fn delimited(text: &str) -> (usize, u8, &str) {
+    let (first, rest) = text.split_once('\n').unwrap_or((text, ""));
+    let line = first.trim().trim_matches('"').to_ascii_lowercase();
+    match line.strip_prefix("sep=").map(str::as_bytes) {
+        Some([named]) => (1, *named, rest),
+        // A tab is trimmed.
+        Some([]) => (1, b'\t', rest),
+        _ => (0, delimiter(first), text),
+    }
+}
+
 /// The delimiter of a table by its first line: of tab, comma and semicolon the most frequent one.
-pub(super) fn delimiter(first: &str) -> u8 {
+fn delimiter(first: &str) -> u8 {
     let count = |delimiter: char| first.matches(delimiter).count();
     // Of several that are as frequent, the last one here.
     let found = [(';', b';'), ('\t', b'\t'), (',', b',')];

@@ -13,6 +13,7 @@ mod jpeg;
 mod jpeg_2000;
 mod jpeg_lossless;
 mod jpeg_ls;
+mod learnt;
 mod literal;
 pub mod message;
 mod objects;

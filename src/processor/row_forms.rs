@@ -130,6 +130,7 @@ pub(super) fn to_messages(row: &mut Map<String, Value>) -> Result<(), RowFault> 
             message.insert("content".to_owned(), text.into());
         }
     }
+    of_images(row, &mut parts)?;
     if !parts.images.is_empty() {
         if images
             || row
@@ -243,6 +244,24 @@ fn question_and_answer(row: &mut Map<String, Value>) -> Result<(), RowFault> {
         }
     }
     row.insert("messages".to_owned(), messages.into());
+    Ok(())
+}
+
+/// Takes `min_pixels` and `max_pixels` out of the objects in `images`.
+fn of_images(row: &mut Map<String, Value>, parts: &mut PartImages) -> Result<(), RowFault> {
+    for key in ["images", "image", "img"] {
+        let entries = match row.get_mut(key) {
+            Some(Value::Array(entries)) => entries.as_mut_slice(),
+            Some(entry @ Value::Object(_)) => std::slice::from_mut(entry),
+            _ => continue,
+        };
+        for (index, entry) in entries.iter_mut().enumerate() {
+            if let Value::Object(fields) = entry {
+                parts.limits(&format!("{key}[{index}]"), fields)?;
+                fields.retain(|name, _| !LIMITS.contains(&name.as_str()));
+            }
+        }
+    }
     Ok(())
 }
 
@@ -414,6 +433,22 @@ mod tests {
                 json!({"type": "image", "base64": "AAAA"}),
                 json!({"bytes": "AAAA"}),
             ),
+            (
+                json!({"type": "image", "bytes": "AAAA", "path": "a.png"}),
+                json!({"bytes": "AAAA", "path": "a.png"}),
+            ),
+            (
+                json!({"type": "image", "source": {"type": "base64", "media_type": "image/png", "data": "AAAA"}}),
+                json!({"bytes": "AAAA"}),
+            ),
+            (
+                json!({"type": "image", "source": {"type": "url", "url": "a.png"}}),
+                json!("a.png"),
+            ),
+            (
+                json!({"type": "image_url", "value": "a.png"}),
+                json!("a.png"),
+            ),
         ] {
             let row = plain(part(image)).unwrap();
             assert_eq!(row["images"], json!([found]));
@@ -460,6 +495,14 @@ mod tests {
                 "beside images in the parts",
             ),
             (
+                json!({"messages": [{"role": "user", "content": [{"type": "image", "file_id": "f1"}]}], "images": ["b"]}),
+                "`messages[0].content[0].file_id` is not supported",
+            ),
+            (
+                json!({"messages": [{"role": "user", "content": [{"type": "image", "image": "a", "url": "b"}]}]}),
+                "`messages[0].content[0].image` is given beside `url`",
+            ),
+            (
                 json!({"query": "q", "response": A, "history": ["x"]}),
                 "`history[0]` is a text",
             ),
@@ -467,6 +510,16 @@ mod tests {
             let fault = plain(row).unwrap_err().to_string();
             assert!(fault.contains(says), "{says}: {fault}");
         }
+    }
+
+    #[test]
+    fn limits_of_an_image_in_an_object_are_those_of_the_row() {
+        let row = plain(
+            json!({"query": "q", "response": A, "images": [{"path": "a.png", "max_pixels": 4096}]}),
+        );
+        let row = row.unwrap();
+        assert_eq!(row["chat_template_kwargs"], json!({"max_pixels": 4096}));
+        assert_eq!(row["images"], json!([{"path": "a.png"}]));
     }
 
     #[test]

@@ -49,7 +49,16 @@ const ROW_KEYS: [&str; 12] = [
 ];
 
 /// Keys of a message that training reads.
-const MESSAGE_KEYS: [&str; 4] = ["role", "content", "loss", "loss_scale"];
+const MESSAGE_KEYS: [&str; 8] = [
+    "role",
+    "content",
+    "loss",
+    "loss_scale",
+    "train",
+    "training",
+    "weight",
+    "loss_weight",
+];
 
 /// Keys that name or describe a row or a message, beside those of its study. `channel` only splits the loss that ms-swift
 /// prints.
@@ -102,6 +111,7 @@ const NO_CALLS: &str =
     "calls of tools belong to messages of `assistant`, the tools to the row; take the key out here";
 const REASONING: &str = "reasoning is learnt from `content`: write `<think>\\n…\\n</think>\\n\\n` before the answer there, and take the key out";
 const WEIGHTS: &str = "rows and answers have no weights; use `loss` (true or false) or `loss_scale` (1 or 0) of a message, or repeat a row that is to count more";
+const WHOLE: &str = "an answer is learnt as a whole or not at all, by `loss` (true or false) of its message; take the key out";
 const SECOND_TEXT: &str = "the row has `messages` as well, and only they are learnt; take the key out, or move its text into `messages`";
 
 const REFUSED_IN_ROWS: &[(&[&str], &str)] = &[
@@ -147,7 +157,10 @@ const REFUSED_IN_MESSAGES: &[(&[&str], &str)] = &[
         &["tool_calls", "tool_call_id", "function_call", "tools"],
         NO_CALLS,
     ),
-    (&["weight", "loss_weight", "loss_mask", "mask"], WEIGHTS),
+    (
+        &["loss_mask", "mask", "train_detail", "training_detail"],
+        WHOLE,
+    ),
     (
         &["images", "image"],
         "pictures of a message are not read; name them in `images` of the row and put `<image>` where each belongs",

@@ -2,6 +2,7 @@
 
 use serde_json::{Map, Value, json};
 
+use super::learnt;
 use super::literal;
 use super::row_fault::{RowFault, kind_of};
 use super::row_forms::{CONVERSATIONS, QUERY, RESPONSE, is_xrayglm, only};
@@ -65,15 +66,14 @@ pub(super) fn ask(row: &mut Map<String, Value>, question: &str) -> Result<(), Ro
     Ok(())
 }
 
-/// Takes out of a row with `messages` what only training reads: `loss`, `loss_scale`, and an empty last answer.
+/// Takes out of a row with `messages` what only training reads: `loss` and its like, and an empty last answer.
 pub(super) fn without_lesson(row: &mut Map<String, Value>) {
-    let is_lesson = |key: &String| key == "loss" || key == "loss_scale";
-    row.retain(|key, _| !is_lesson(key));
+    row.retain(|key, _| !learnt::ROW_KEYS.contains(&key.as_str()));
     let Some(Value::Array(messages)) = row.get_mut("messages") else {
         return;
     };
     for message in messages.iter_mut().filter_map(Value::as_object_mut) {
-        message.retain(|key, _| !is_lesson(key));
+        message.retain(|key, _| !learnt::KEYS.contains(&key.as_str()));
     }
     let is_empty_answer = |message: &Value| {
         let content = message.get("content");

@@ -13,7 +13,7 @@ use serde_json::{Map, Value, json};
 use super::jinja::python_json;
 use super::row_fault::{RowFault, kind_of};
 use super::tools::{Call, Speaker, Turn, instructions, result_text, with_calls};
-use super::{literal, row_keys, tags};
+use super::{learnt, literal, row_keys, tags};
 
 /// Keys of a row under which functions are described.
 pub(super) const TOOLS: [&str; 2] = ["tools", "functions"];
@@ -290,7 +290,7 @@ fn join(
     text: &str,
     place: &str,
 ) -> Result<(), RowFault> {
-    let differs = ["loss", "loss_scale"]
+    let differs = learnt::KEYS
         .iter()
         .find(|key| before.get(**key) != fields.get(**key));
     if let Some(key) = differs {

@@ -3,6 +3,7 @@
 use serde_json::{Map, Value, json};
 
 use super::row_fault::RowFault;
+use super::row_forms::CONVERSATIONS;
 
 /// The form that every other is brought into.
 pub(super) const EXPECTED: &str = r#"`{"messages": [{"role": "user", "content": "<image>…"}, {"role": "assistant", "content": "…"}], "images": ["a.png"]}`"#;
@@ -141,6 +142,37 @@ fn form(row: &Map<String, Value>) -> (String, String) {
     }
     if let Some(described) = described_files(row) {
         return described;
+    }
+    let other_case = |key: &&String| {
+        let lower = key.to_lowercase();
+        **key != lower && CONVERSATIONS.contains(&lower.as_str())
+    };
+    if let Some(key) = row.keys().find(other_case) {
+        return found(
+            &format!("`{key}`"),
+            &format!(
+                "is `{}` meant? Names of keys are in small letters",
+                key.to_lowercase()
+            ),
+        );
+    }
+    if has("chosen_messages") {
+        return found(
+            "`chosen_messages` (preferences of LLaMA-Factory)",
+            "`--columns messages=chosen_messages` reads it beside `rejected_messages`; `train` with `objective = \"dpo\"` learns from both",
+        );
+    }
+    if has("contents") {
+        return found(
+            "`contents` (a request of Gemini's)",
+            "name it `messages`, and `parts` of each `content`, with parts `{\"type\": \"text\", \"text\": …}` and `{\"type\": \"image\", \"image\": \"a.png\"}`",
+        );
+    }
+    if has("annotations") && has("data") {
+        return found(
+            "a task of Label Studio",
+            "write a row a task, which `convert` reads, with the names of your labels: `jq -c '.[] | {image: .data.image, report: .annotations[0].result[0].value.text[0]}' FILE > rows.jsonl`",
+        );
     }
     if has("annotations") {
         return found(

@@ -3,7 +3,7 @@
 //! `{"messages": [{"role": "user", "content": "<image>…"}, {"role": "assistant", "content": "…"}],
 //! "images": ["a.png"]}`: each `<image>` in a question is the place of the next image. The keys `image`,
 //! `system`, `objects`, `tools`, `chat_template_kwargs` (`min_pixels`, `max_pixels`), `loss` and `loss_scale` (0 or 1)
-//! and the tag `<img>path</img>` are read as well; all other keys are handled in
+//! with their like of other trainers, and the tag `<img>path</img>` are read as well; all other keys are handled in
 //! [`super::row_keys`], rows of other trainers in `row_forms`. A backslash before a tag makes it plain text: `\<image>`.
 
 use std::borrow::Cow;
@@ -13,12 +13,13 @@ use std::path::{Path, PathBuf};
 use serde_json::{Map, Value, json};
 
 pub use super::conversation::{Conversation, Turn};
+use super::learnt::{self, learns};
 use super::message::{Content, Part, Role};
 use super::objects::Objects;
 pub use super::pixel_limits::PixelLimits;
 use super::pixel_limits::pixel_limits;
+use super::row_fault::kind_of;
 pub use super::row_fault::{RowFault, SampleError};
-use super::row_fault::{kind_of, shown};
 pub use super::row_forms::is_training_form;
 pub use super::row_images::{ImageSource, embedded, ending_of, path_of};
 use super::row_keys::{self, KeyUse};
@@ -295,13 +296,9 @@ fn read(row: &Map<String, Value>, sizes: Option<&[(usize, usize)]>) -> Result<Sa
     for (key, value) in row {
         sort_key(key.clone(), row_keys::of_row(key, value), &mut unknown_keys)?;
     }
-    if learns(row, "")? == Some(false) {
+    if learns(row, &learnt::ROW_KEYS, "")? == Some(false) {
         return Err(RowFault::key(
-            if row.contains_key("loss") {
-                "loss"
-            } else {
-                "loss_scale"
-            },
+            learnt::key_of(row),
             "that of a row of which nothing is learnt",
             "a row to learn from; take it out of the file",
         ));
@@ -351,10 +348,10 @@ fn read(row: &Map<String, Value>, sizes: Option<&[(usize, usize)]>) -> Result<Sa
             "assistant" => Role::Assistant,
             _ => return Err(wrong_role(role_key, role)),
         };
-        let learns = learns(message, &format!("{place}."))?;
+        let learns = learns(message, &learnt::KEYS, &format!("{place}."))?;
         if own_role != Role::Assistant && learns == Some(true) {
             return Err(RowFault::key(
-                format!("{place}.loss"),
+                format!("{place}.{}", learnt::key_of(message)),
                 format!("set for a message of `{role}`"),
                 "it at answers, messages of `assistant`: only they are learnt",
             ));
@@ -387,7 +384,7 @@ fn read(row: &Map<String, Value>, sizes: Option<&[(usize, usize)]>) -> Result<Sa
                     None => (turn.answer, turn.learns) = (Some(words), learns),
                     Some(_) if turn.learns != learns => {
                         return Err(RowFault::key(
-                            format!("{place}.loss"),
+                            format!("{place}.{}", learnt::key_of(message)),
                             "other than that of the answer before it",
                             "the same for answers that follow each other: they are one answer",
                         ));
@@ -407,7 +404,7 @@ fn read(row: &Map<String, Value>, sizes: Option<&[(usize, usize)]>) -> Result<Sa
     if answered && !conversation.turns.iter().any(|turn| turn.learns) {
         return Err(RowFault::key(
             "messages",
-            "without an answer to learn: `loss` is false or `loss_scale` is 0 in each",
+            "without an answer to learn: `loss`, `loss_scale` or one of their like says no to each",
             "at least one answer to learn; take the row out of the file",
         ));
     }
@@ -447,37 +444,6 @@ fn sort_key(key: String, use_of: KeyUse, unknown: &mut Vec<String>) -> Result<()
             Ok(())
         }
     }
-}
-
-/// What `loss` and `loss_scale` of a row or a message say; `None` if nothing.
-///
-/// As in ms-swift, an answer is learnt unless `loss` is false or `loss_scale` is 0.
-///
-/// Source: `LossScale._inner_call`, ms-swift 4.6, `loss_scale/base.py`.
-fn learns(fields: &Map<String, Value>, place: &str) -> Result<Option<bool>, RowFault> {
-    let loss = match fields.get("loss") {
-        None | Some(Value::Null) => None,
-        Some(Value::Bool(loss)) => Some(*loss),
-        Some(other) => {
-            let key = format!("{place}loss");
-            let expected = "true (learnt) or false (not learnt)";
-            return Err(RowFault::key(key, shown(other), expected));
-        }
-    };
-    let scale = match fields.get("loss_scale") {
-        None | Some(Value::Null) => None,
-        Some(value) if value.as_f64() == Some(1.0) => Some(true),
-        Some(value) if value.as_f64() == Some(0.0) => Some(false),
-        Some(other) => {
-            let key = format!("{place}loss_scale");
-            let expected = "1 (learnt) or 0 (not learnt): answers have no weights between or above; repeat a row that is to count more";
-            return Err(RowFault::key(key, shown(other), expected));
-        }
-    };
-    Ok(match (loss, scale) {
-        (None, None) => None,
-        (loss, scale) => Some(loss.unwrap_or(true) && scale.unwrap_or(true)),
-    })
 }
 
 /// A text as words and places of images; objects are put in.

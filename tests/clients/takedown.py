@@ -5,6 +5,9 @@ Usage: takedown.py [SERVER]. Starts a server of its own for each way, on loopbac
 $XRAY_SERVER, is the program. Every way ends by itself. Prints a table; exit code 1 if the film waited for
 more than two seconds, or if the server held more than its memory budget.
 
+The two seconds are those of a machine that does nothing else: where its processors are full, and other programs
+have a part of them, the film may wait for as much longer. The table has the share that the test had.
+
 The crowd asks from 127.0.0.1, the other user from 127.0.0.2. Only Python's own modules are used.
 """
 
@@ -53,7 +56,7 @@ class Server:
             cwd=REPOSITORY, stderr=open(self.log.name, "w"), preexec_fn=bound,
         )
         found = None
-        for _ in range(300):
+        for _ in range(1200):
             found = re.search(r"http://127\.0\.0\.1:(\d+)", Path(self.log.name).read_text())
             if found or self.process.poll() is not None:
                 break
@@ -83,9 +86,39 @@ class Server:
         finally:
             connection.close()
 
+    def ticks(self):
+        """Processor time of the server, in ticks of the clock."""
+        try:
+            fields = Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()
+            return int(fields[11]) + int(fields[12])
+        except OSError:
+            return 0
+
     def stop(self):
         self.process.kill()
         self.process.wait()
+
+
+class Clock:
+    """The share of the processors that a server and this test have, from now on."""
+
+    def __init__(self, server):
+        self.server, self.before = server, self.now(server)
+
+    @staticmethod
+    def now(server):
+        fields = [int(field) for field in Path("/proc/stat").read_text().splitlines()[0].split()[1:9]]
+        idle = fields[3] + fields[4]
+        own = os.times()
+        own = (own.user + own.system) * os.sysconf("SC_CLK_TCK") + server.ticks()
+        return sum(fields) - idle, idle, own
+
+    def share(self):
+        busy, idle, own = (after - before for after, before in zip(self.now(self.server), self.before))
+        # Who waits beside an idle processor does not wait for other programs.
+        if busy == 0 or idle > (busy + idle) / 10:
+            return 1.0
+        return min(1.0, max(own / busy, 0.05))
 
 
 def png(width, height, bits=8, colour=0):
@@ -175,13 +208,14 @@ def main():
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, 8192), hard))
     failed = False
-    print(f"| {'way':<24} | film alone, s | film meanwhile, s | /healthz, s | memory before, MiB | at most, MiB |")
-    print(f"|{'-' * 26}|{'-' * 15}|{'-' * 19}|{'-' * 13}|{'-' * 20}|{'-' * 14}|")
+    print(f"| {'way':<24} | film alone, s | film meanwhile, s | /healthz, s | share, % | memory before, MiB | at most, MiB |")
+    print(f"|{'-' * 26}|{'-' * 15}|{'-' * 19}|{'-' * 13}|{'-' * 10}|{'-' * 20}|{'-' * 14}|")
     for name, way, options in WAYS:
         server = Server(*options)
         server.ask("POST", "/v1/chat/completions", FILM, "127.0.0.2")
         _, alone = server.ask("POST", "/v1/chat/completions", FILM, "127.0.0.2")
         before = server.memory_mib("VmRSS")
+        clock = Clock(server)
         way(server)
         time.sleep(1)
         started, longest, probe, lost = time.monotonic(), 0.0, 0.0, False
@@ -192,15 +226,17 @@ def main():
             longest = max(longest, seconds)
             lost |= status != 200
             time.sleep(0.2)
+        share = clock.share()
         peak = server.memory_mib("VmHWM")
         ended = server.process.poll() is not None
         server.stop()
-        bad = lost or ended or longest > MOST_SECONDS or probe > MOST_SECONDS
+        most = MOST_SECONDS / share
+        bad = lost or ended or longest > most or probe > most
         bad |= peak is None or peak > before + BUDGET_MIB + SLACK_MIB
         failed |= bad
         note = " the server ended" if ended else " no answer" if lost else ""
         held = "–" if peak is None else str(peak)
-        print(f"| {name:<24} | {alone:13.2f} | {longest:17.2f} | {probe:11.2f} | {before:18} | {held:>12} |"
+        print(f"| {name:<24} | {alone:13.2f} | {longest:17.2f} | {probe:11.2f} | {100 * share:8.0f} | {before:18} | {held:>12} |"
               f"{' FAILED' if bad else ''}{note}", flush=True)
     return 1 if failed else 0
 

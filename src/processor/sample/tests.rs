@@ -121,6 +121,13 @@ fn loss_and_loss_scale_say_which_answers_are_learnt() {
         learns(r#","loss":true,"loss_scale":0.0"#, ""),
         [false, true]
     );
+    // Axolotl's, OpenAI's and LLaMA-Factory's names.
+    assert_eq!(
+        learns(r#","train":false"#, r#","training":true"#),
+        [false, true]
+    );
+    assert_eq!(learns(r#","weight":0"#, r#","weight":1"#), [false, true]);
+    assert_eq!(learns("", r#","loss_weight":0.0"#), [true, false]);
     let nothing: Result<Vec<bool>, _> = two(r#","loss":false"#, r#","loss_scale":0"#);
     let nothing = nothing.unwrap_err().to_string();
     assert!(nothing.contains("without an answer to learn"), "{nothing}");
@@ -138,6 +145,14 @@ fn loss_and_loss_scale_say_which_answers_are_learnt() {
             "`messages[3].loss` is the text `no`; expected true",
         ),
         (two("", r#","loss":0"#), "`messages[3].loss` is `0`"),
+        (two("", r#","weight":0.5"#), "`messages[3].weight` is `0.5`"),
+        (
+            two(
+                "",
+                r#","train_detail":[{"begin_offset":0,"end_offset":1,"train":false}]"#,
+            ),
+            "the key `messages[3].train_detail` is not supported",
+        ),
     ] {
         let line: Result<Vec<bool>, _> = line;
         let message = line.unwrap_err().to_string();

@@ -8,12 +8,15 @@ const TOOLS_INSTEAD: &str = "send `tools` and `tool_choice`";
 const NO_REASONING_SETTING: &str = "how long the model reasons cannot be set";
 const NO_WHITE_SPACE: &str = "JSON is written without free white space";
 const FINDINGS_ELSEWHERE: &str = "probabilities of findings are sent by /v1/chat/completions";
+const IMAGES_IN_PARTS: &str =
+    "put each into `content`, as a part `{\"type\": \"image_url\", \"image_url\": {\"url\": …}}`";
 const FORM_INSTEAD: &str = "send `response_format` with a JSON schema, `guided_regex`, `guided_choice` or `guided_grammar`";
 
 /// Fields of OpenAI's and vLLM's requests for text, and of their like, that are not honoured as such:
 /// first of all kinds, then of a conversation.
 pub(super) const GENERATION_RULES: Rules = &[
     // The user, the purpose, and how a provider bills and stores a request.
+    ("keep_alive", Rule::Harmless),
     ("metadata", Rule::Harmless),
     ("prompt_cache_key", Rule::Harmless),
     ("prompt_cache_retention", Rule::Harmless),
@@ -23,12 +26,17 @@ pub(super) const GENERATION_RULES: Rules = &[
     ("store", Rule::Harmless),
     ("user", Rule::Harmless),
     // What this server does anyway.
+    ("cache_prompt", Rule::Only(&["true"])),
     ("detokenize", Rule::Only(&["true"])),
     ("early_stopping", Rule::Only(&["false"])),
     ("length_penalty", Rule::Only(&["1"])),
+    ("media_io_kwargs", Rule::Only(&["{}"])),
+    ("num_beams", Rule::Only(&["1"])),
     ("priority", Rule::Only(&["0"])),
+    ("return_details", Rule::Only(&["false"])),
     ("return_token_ids", Rule::Only(&["false"])),
     ("spaces_between_special_tokens", Rule::Only(&["true"])),
+    ("timings_per_token", Rule::Only(&["false"])),
     ("use_beam_search", Rule::Only(&["false"])),
     ("vllm_xargs", Rule::Only(&["{}"])),
     // What it does not do.
@@ -45,6 +53,10 @@ pub(super) const GENERATION_RULES: Rules = &[
     ("logits_processors", Rule::Refused("")),
     ("structural_tag", Rule::Refused(FORM_INSTEAD)),
     // What others call it.
+    (
+        "do_sample",
+        Rule::Refused("send `temperature`; 0 is greedy"),
+    ),
     ("format", Rule::Refused("did you mean `response_format`?")),
     ("grammar", Rule::Refused("did you mean `guided_grammar`?")),
     (
@@ -62,6 +74,10 @@ pub(super) const GENERATION_RULES: Rules = &[
         "repeat_penalty",
         Rule::Refused("did you mean `repetition_penalty`?"),
     ),
+    (
+        "options",
+        Rule::Refused("send what is in it as fields of their own"),
+    ),
     ("stop_sequences", Rule::Refused("did you mean `stop`?")),
 ];
 
@@ -69,6 +85,8 @@ pub(super) const GENERATION_RULES: Rules = &[
 pub(super) const CHAT_RULES: Rules = &[
     ("add_special_tokens", Rule::Only(&["false"])),
     ("audio", Rule::Refused(TEXT_ONLY)),
+    // The client of ms-swift sends these four in every request.
+    ("audios", Rule::Else(&["[]"], TEXT_ONLY)),
     ("chat_template", Rule::Refused(ONE_TEMPLATE)),
     ("documents", Rule::Only(&["[]"])),
     ("echo", Rule::Only(&["false"])),
@@ -77,6 +95,7 @@ pub(super) const CHAT_RULES: Rules = &[
         Rule::Else(&["\"none\"", "\"auto\""], TOOLS_INSTEAD),
     ),
     ("functions", Rule::Else(&["[]"], TOOLS_INSTEAD)),
+    ("images", Rule::Else(&["[]"], IMAGES_IN_PARTS)),
     ("include_reasoning", Rule::Only(&["true"])),
     ("input", Rule::Refused("did you mean `messages`?")),
     (
@@ -84,6 +103,7 @@ pub(super) const CHAT_RULES: Rules = &[
         Rule::Refused("did you mean `max_tokens`?"),
     ),
     ("modalities", Rule::Only(&["[\"text\"]"])),
+    ("objects", Rule::Else(&["{}"], "write boxes as text")),
     ("prompt", Rule::Refused("did you mean `messages`?")),
     ("reasoning_effort", Rule::Refused(NO_REASONING_SETTING)),
     ("system", Rule::Refused("send a message of role `system`")),
@@ -91,6 +111,10 @@ pub(super) const CHAT_RULES: Rules = &[
     (
         "verbosity",
         Rule::Else(&["\"medium\""], "ask for a short or long answer in words"),
+    ),
+    (
+        "videos",
+        Rule::Else(&["[]"], "videos are not read; send single frames as images"),
     ),
     ("web_search_options", Rule::Refused(TEXT_ONLY)),
 ];

@@ -197,6 +197,11 @@ fn no_field_of_another_server_is_passed_over() {
             "truncate_prompt_tokens",
         ),
         (json!({"priority": 5}), "priority"),
+        (json!({"images": ["data:image/png;base64,AAAA"]}), "images"),
+        (json!({"objects": {"ref": ["x"]}}), "objects"),
+        (json!({"cache_prompt": false}), "cache_prompt"),
+        (json!({"do_sample": false}), "do_sample"),
+        (json!({"options": {"num_ctx": 1}}), "options"),
         (json!({"reasoning_effort": "low"}), "reasoning_effort"),
         (json!({"functions": [{"name": "f"}]}), "functions"),
         (json!({"function_call": {"name": "f"}}), "function_call"),
@@ -294,6 +299,9 @@ fn what_asks_for_nothing_else_is_taken() {
         "skip_special_tokens": true, "add_generation_prompt": true, "length_penalty": 1.0,
         "response_format": {"type": "text"}, "logit_bias": null, "echo": false, "priority": 0,
         "reasoning_effort": null, "stream_options": {"include_usage": true},
+        // What the client of ms-swift sends beside, llama.cpp's and Ollama's.
+        "images": [], "videos": [], "audios": [], "objects": {}, "num_beams": 1, "return_details": false,
+        "cache_prompt": true, "timings_per_token": false, "keep_alive": "5m",
     }));
     let request = read(body, false).unwrap();
     let generation = request.generation;
