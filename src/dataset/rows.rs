@@ -414,7 +414,7 @@ mod tests {
             ("a.json", format!("[1,{ROW}]"), vec![1, 2], 1),
             (
                 "a.csv",
-                "\u{feff}sep=;\r\nquery;response\r\nq,q;a\r\n".to_owned(),
+                "\u{feff}sep=;\nquery;response\nq,q;a\n".to_owned(),
                 vec![3],
                 1,
             ),
