@@ -414,7 +414,7 @@ mod tests {
             ("a.json", format!("[1,{ROW}]"), vec![1, 2], 1),
             (
                 "a.csv",
-                "\u{feff}sep=;\nquery;response\nq,q;a\n".to_owned(),
+                "\u{feff}sep=;\r\nquery;response\r\nq,q;a\r\n".to_owned(),
                 vec![3],
                 1,
             ),
@@ -430,6 +430,12 @@ mod tests {
             ("a.jsonl", format!("{ROW}\r{ROW}"), vec![1, 2], 2),
             ("a.csv", "query,response\n\"a\",b\n".to_owned(), vec![2], 1),
             ("a.tsv", "query\tresponse\na\tb\n".to_owned(), vec![2], 1),
+            (
+                "a.csv",
+                "query,response\r\na,b\r\n\r\nc\r\nd,e\r\n".to_owned(),
+                vec![2, 4, 5],
+                2,
+            ),
             ("a.csv", ROW.to_owned(), vec![1], 1),
         ] {
             assert_eq!(

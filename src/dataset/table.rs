@@ -58,11 +58,11 @@ pub(super) fn csv_rows(text: &str, delimiter: u8) -> Result<Rows<'_>, String> {
             let record = match record {
                 Ok(record) => record,
                 Err(error) => {
-                    let line = error.position().map_or(index + 2, |at| at.line() as usize);
+                    let line = error.position().map_or(index + 2, |at| line_of(text, at));
                     return (line, Err(RowFault::Table(in_words(&error))));
                 }
             };
-            let line = record.position().map_or(index + 2, |at| at.line() as usize);
+            let line = record.position().map_or(index + 2, |at| line_of(text, at));
             let mut row = Map::new();
             for (name, cell) in columns.iter().zip(&record) {
                 // A column without a name is the index that pandas writes.
@@ -78,6 +78,13 @@ pub(super) fn csv_rows(text: &str, delimiter: u8) -> Result<Rows<'_>, String> {
             (line, Ok(row))
         },
     )))
+}
+
+/// The line in which a record begins: the reader places it before the line feed of the CR LF that ends the one before it.
+fn line_of(text: &str, at: &csv::Position) -> usize {
+    let rest = &text.as_bytes()[(at.byte() as usize).min(text.len())..];
+    let ends = rest.iter().take_while(|byte| matches!(byte, b'\r' | b'\n'));
+    at.line() as usize + ends.filter(|byte| **byte == b'\n').count()
 }
 
 fn in_words(error: &csv::Error) -> String {
