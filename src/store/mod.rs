@@ -4,8 +4,10 @@
 //! (with `--store`; the one in memory ends with its process).
 
 mod record;
+mod rules;
 
 pub use record::{Draft, Film, Outgoing, Patient, Report, Study, StudyState};
+pub use rules::films_to_read;
 
 /// What can go wrong. No text of it has data of a patient.
 #[derive(Debug, thiserror::Error)]
