@@ -3,6 +3,8 @@
 //! Knows no HTTP, no DICOM network and no model. Whatever a store has said `Ok` to is still there after `kill -9`
 //! (with `--store`; the one in memory ends with its process).
 
+pub mod disk;
+pub mod edits;
 mod record;
 mod rules;
 

@@ -18,6 +18,7 @@ use crate::{
         cors::AllowedOrigins,
         http::{self, Transport},
         router::router,
+        studies::draft_studies,
     },
 };
 
@@ -136,8 +137,10 @@ impl Serve {
                 "warning: every web page that is opened where {address} can be reached can use it; give an --api-key"
             );
         }
+        let drafting = tokio::spawn(draft_studies(app.clone()));
         let drain = Duration::from_secs(self.args.drain_seconds);
         http::serve(listener, transport, router(app.clone()), app, stop, drain).await?;
+        drafting.abort();
         Ok(())
     }
 }

@@ -21,6 +21,7 @@ export const PROMPTS = [
 
 const zh = {
   title: "胸片报告",
+  "work.open": "工作列表",
   "page.title": "胸片报告 · xray-qwen3vl",
   skip: "跳到提问",
   panel: "提问",
@@ -239,6 +240,7 @@ const zh = {
 };
 
 const en = {
+  "work.open": "Worklist",
   title: "Chest X-ray report",
   "page.title": "Chest X-ray report · xray-qwen3vl",
   skip: "Skip to the question",
