@@ -4,10 +4,13 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 /// How far a study has come.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[derive(
+    Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize,
+)]
 #[serde(rename_all = "snake_case")]
 pub enum StudyState {
     /// Films are coming in.
+    #[default]
     Received,
     /// No more films are expected; a draft may be written.
     Complete,
@@ -196,12 +199,6 @@ pub struct Study {
     pub revision: u64,
     /// Whether the report and its films may be used for training, and who said so.
     pub consent: Option<Report>,
-}
-
-impl Default for StudyState {
-    fn default() -> Self {
-        Self::Received
-    }
 }
 
 impl Study {
