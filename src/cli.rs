@@ -7,8 +7,8 @@ use crate::{
     commands::{
         bench, calibrate, check, clean, completions, config, convert, doctor, drafts, eval,
         examples::{self, section},
-        infer, init_tiny, label, merge, phantoms, plan, prefer, preview, pull, quantize, score,
-        serve, train, version,
+        export, infer, init_tiny, label, merge, phantoms, plan, prefer, preview, pull, quantize, score,
+        serve, store, train, version,
     },
 };
 
@@ -122,6 +122,16 @@ pub enum Command {
     /// Without arguments, the tiny model that comes with the repository at http://127.0.0.1:7860.
     #[command(after_help = section(examples::SERVE, serve::EXIT_CODES))]
     Serve(serve::ServeArgs),
+    /// Look after a store of studies: accounts, verification, backup, deletion, audit log.
+    #[command(after_help = section(examples::STORE, ""))]
+    Store(store::StoreCommand),
+    /// Write the signed reports of a store as rows to train on, without what says whom they are of.
+    ///
+    /// Rows have `messages`, `images` (PNG, nothing but pixels), `study` and `patient` (drawn for this file), with --pairs
+    /// `rejected_response`. Left out, with a count: reports without consent, those that name the patient or a number of the
+    /// study, films with annotations in their pixels.
+    #[command(after_help = section(examples::EXPORT, ""))]
+    Export(export::ExportArgs),
     /// List the devices of this machine, and check for each of their dtypes that results agree with the CPU.
     #[command(after_help = section(examples::DOCTOR, ""))]
     Doctor(doctor::DoctorArgs),

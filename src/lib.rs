@@ -38,6 +38,8 @@ pub mod eval;
 
 pub mod train;
 
+pub(crate) mod store;
+
 pub(crate) mod serve;
 
 pub mod bench;

@@ -12,8 +12,8 @@ use xray_qwen3vl::{
     cli::{Cli, Command},
     commands::{
         bench, calibrate, check, clean, completions, config, convert, doctor, drafts, eval,
-        exit_code, infer, init_tiny, label, log_lines, merge, phantoms, plan, prefer, preview,
-        pull, quantize, score, serve, train, version,
+        exit_code, export, infer, init_tiny, label, log_lines, merge, phantoms, plan, prefer, preview,
+        pull, quantize, score, serve, store, train, version,
     },
 };
 
@@ -67,6 +67,8 @@ fn main() -> ExitCode {
         Command::Infer(args) => infer::run(args),
         Command::Train(args) => train::run(args),
         Command::Pull(args) => pull::run(args),
+        Command::Store(command) => store::run(&command),
+        Command::Export(args) => export::run(&args),
         Command::Merge(args) => merge::run(args),
         Command::Quantize(args) => quantize::run(args),
         Command::Plan(args) => plan::run(&args),

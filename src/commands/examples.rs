@@ -264,8 +264,44 @@ pub const SERVE: &[Example] = &[
         "xray-qwen3vl serve --lora department=artifacts/tiny/checkpoint-480",
     ),
     (
+        "With a worklist and reports that are signed",
+        "xray-qwen3vl serve --store studies",
+    ),
+    (
         "For a network",
         "xray-qwen3vl serve --host 0.0.0.0 --port 8000 --api-key choose-a-secret",
+    ),
+];
+
+/// The examples of `store`.
+pub const STORE: &[Example] = &[
+    (
+        "A key for a radiologist, for 90 days",
+        "xray-qwen3vl store key add --store studies --name Li --role signer --days 90",
+    ),
+    (
+        "Is everything as it was written?",
+        "xray-qwen3vl store verify --store studies",
+    ),
+    (
+        "A copy, while the server runs",
+        "xray-qwen3vl store backup --store studies --output backup",
+    ),
+    (
+        "What would a year's limit remove?",
+        "xray-qwen3vl store delete --store studies --older-than-days 365 --state signed --state sent --dry-run",
+    ),
+];
+
+/// The examples of `export`.
+pub const EXPORT: &[Example] = &[
+    (
+        "Reports with consent",
+        "xray-qwen3vl export --store studies --signed --output train.jsonl",
+    ),
+    (
+        "Pairs of signed report and draft",
+        "xray-qwen3vl export --store studies --signed --pairs --output pairs.jsonl",
     ),
 ];
 

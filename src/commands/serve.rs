@@ -2,6 +2,7 @@
 
 mod args;
 mod listen;
+mod studies;
 
 use std::{
     path::{Path, PathBuf},
@@ -51,6 +52,7 @@ use crate::{
 };
 
 use args::{api_keys, check, found_loras, loras};
+use studies::studies;
 
 pub use args::ServeArgs;
 
@@ -217,6 +219,8 @@ impl Serve {
             Some(name) => name.clone(),
             None => base_name(&self.args.model.model),
         };
+        // A store that cannot be used ends the start before anything is served.
+        let studies = studies(&self.args)?;
         let metrics = Arc::new(Metrics::default());
         let limits = self.engine_limits();
         let (engine, worker) =
@@ -246,7 +250,10 @@ impl Serve {
                 needed.div_ceil(1 << 20)
             )));
         }
-        let app = App::new(engine, parts, models, metrics, config);
+        let mut app = App::new(engine, parts, models, metrics, config);
+        if let Some(studies) = studies {
+            app = app.with_studies(studies);
+        }
         let runtime = tokio::runtime::Builder::new_multi_thread()
             .enable_all()
             .build()?;

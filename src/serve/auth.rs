@@ -103,7 +103,7 @@ impl KeyCheck {
     /// # Errors
     /// [`ApiError`] of status 401.
     pub fn check(&self, headers: &HeaderMap) -> Result<Option<u64>, ApiError> {
-        if self.keys.is_empty() {
+        if !self.has_any() {
             return Ok(None);
         }
         let shown = headers
@@ -122,12 +122,27 @@ impl KeyCheck {
         });
         match found {
             Some(key) => Ok(Some(key.client())),
-            None => Err(ApiError::new(
-                StatusCode::UNAUTHORIZED,
-                "expected the header `Authorization: Bearer KEY` with a key of this server",
-            )
-            .with_code("invalid_api_key")),
+            None => Err(Self::refused()),
         }
+    }
+
+    /// Whether a key is required.
+    pub fn has_any(&self) -> bool {
+        !self.keys.is_empty()
+    }
+
+    /// Whether there are several keys, each of somebody.
+    pub fn has_several(&self) -> bool {
+        self.keys.len() > 1
+    }
+
+    /// The error of a request without a good key.
+    pub fn refused() -> ApiError {
+        ApiError::new(
+            StatusCode::UNAUTHORIZED,
+            "expected the header `Authorization: Bearer KEY` with a key of this server",
+        )
+        .with_code("invalid_api_key")
     }
 }
 

@@ -100,7 +100,7 @@ impl Message {
 }
 
 /// The whole answer as one object.
-async fn collect(mut answers: Answers) -> Result<Value, ApiError> {
+pub(super) async fn collect(mut answers: Answers) -> Result<Value, ApiError> {
     let mut choices = Vec::with_capacity(answers.receivers.len());
     let mut usage = Usage::default();
     let mut of_prompt = None;

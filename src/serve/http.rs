@@ -30,6 +30,7 @@ use tokio::{
 use super::{
     App,
     auth::Peer,
+    studies::identity::ConnectedFrom,
     error::ApiError,
     wire::{Counted, Exchange, OverTcp, Wire},
 };
@@ -265,6 +266,7 @@ impl Connection {
                     });
                     let peer = Peer::new(client.unwrap_or(address));
                     request.extensions_mut().insert(peer);
+                    request.extensions_mut().insert(ConnectedFrom(address));
                     next.run(request)
                 },
             ))),

@@ -44,6 +44,7 @@ mod schema;
 pub mod settings;
 mod share;
 mod stream;
+pub mod studies;
 #[cfg(feature = "tls")]
 pub mod tls;
 pub mod token_rules;
@@ -72,6 +73,7 @@ use grammar::GrammarFactory;
 use metrics::Metrics;
 use models::Models;
 use share::{Gate, GateLimits};
+use studies::Studies;
 
 /// Most requests that wait for memory; the engine's queue is shorter.
 const MAX_WAITING: usize = 4096;
@@ -213,6 +215,8 @@ pub struct App {
     grammar: OnceLock<Option<GrammarFactory>>,
     /// Lines of the log about requests.
     audit: Arc<Audit>,
+    /// Where studies are kept, if they are.
+    studies: Option<Studies>,
 }
 
 impl App {
@@ -248,7 +252,15 @@ impl App {
             config,
             grammar: OnceLock::new(),
             audit: Arc::default(),
+            studies: None,
         }
+    }
+
+    /// Keeps studies, and serves the worklist.
+    #[must_use]
+    pub fn with_studies(mut self, studies: Studies) -> Self {
+        self.studies = Some(studies);
+        self
     }
 
     /// Tokens of prompt and answer together.

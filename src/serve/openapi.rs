@@ -23,16 +23,37 @@ static DOCUMENT: LazyLock<Value> = LazyLock::new(|| {
     document
 });
 
-static TEXT: LazyLock<String> = LazyLock::new(|| DOCUMENT.to_string());
+/// Paths and schemas that a server with studies has besides.
+const STUDIES: &str = include_str!("openapi/studies.json");
 
-/// The document as text.
-pub(super) fn text() -> &'static str {
-    &TEXT
+static WITH_STUDIES: LazyLock<Value> = LazyLock::new(|| {
+    let mut document = DOCUMENT.clone();
+    let more: Value = serde_json::from_str(STUDIES).unwrap_or_default();
+    let pointers = [
+        ("paths", "/paths"),
+        ("schemas", "/components/schemas"),
+        ("limits", "/components/schemas/Limits/properties"),
+    ];
+    for (part, pointer) in pointers {
+        let place = document.pointer_mut(pointer).and_then(Value::as_object_mut);
+        if let (Some(place), Some(more)) = (place, more[part].as_object()) {
+            place.extend(more.clone());
+        }
+    }
+    document
+});
+
+static TEXT: LazyLock<String> = LazyLock::new(|| DOCUMENT.to_string());
+static TEXT_WITH_STUDIES: LazyLock<String> = LazyLock::new(|| WITH_STUDIES.to_string());
+
+/// The document as text; `studies` adds what a server has that keeps them.
+pub(super) fn text(studies: bool) -> &'static str {
+    if studies { &TEXT_WITH_STUDIES } else { &TEXT }
 }
 
 #[cfg(test)]
-pub(super) fn document() -> &'static Value {
-    &DOCUMENT
+pub(super) fn document(studies: bool) -> &'static Value {
+    if studies { &WITH_STUDIES } else { &DOCUMENT }
 }
 
 #[cfg(test)]
@@ -43,7 +64,10 @@ mod tests {
     fn check_references(value: &Value) {
         if let Some(target) = value["$ref"].as_str() {
             let pointer = target.trim_start_matches('#');
-            assert!(document().pointer(pointer).is_some(), "nothing at {target}");
+            assert!(
+                document(true).pointer(pointer).is_some(),
+                "nothing at {target}"
+            );
         }
         match value {
             Value::Object(object) => object.values().for_each(check_references),
@@ -54,16 +78,16 @@ mod tests {
 
     #[test]
     fn the_parts_are_json_and_refer_to_each_other() {
-        for text in SCHEMAS.iter().chain([&PATHS]) {
+        for text in SCHEMAS.iter().chain([&PATHS, &STUDIES]) {
             serde_json::from_str::<Map<String, Value>>(text).unwrap();
         }
         assert!(
-            document()["components"]["schemas"]
+            document(false)["components"]["schemas"]
                 .as_object()
                 .unwrap()
                 .len()
                 > 20
         );
-        check_references(document());
+        check_references(document(true));
     }
 }

@@ -13,7 +13,6 @@ use axum::{
 };
 use futures_util::FutureExt;
 use serde_json::{Value, json};
-use sha2::{Digest, Sha256};
 
 use super::{
     App,
@@ -30,6 +29,7 @@ use super::{
     preview::preview,
     responses,
     routes::ROUTES,
+    studies::{self, STUDY_ROUTES, identity::identify},
     tokens,
     types::AdapterRequest,
 };
@@ -75,6 +75,29 @@ const PAGE: [(&str, &str, &str); 12] = [
     script!("viewer.js"),
 ];
 
+/// Files of the pages for work with studies.
+const WORK_PAGE: [(&str, &str, &str); 11] = [
+    (
+        "/worklist",
+        "text/html; charset=utf-8",
+        include_str!("page/work/worklist.html"),
+    ),
+    (
+        "/work/work.css",
+        "text/css; charset=utf-8",
+        include_str!("page/work/work.css"),
+    ),
+    script!("work/changes.js"),
+    script!("work/desk.js"),
+    script!("work/grey.js"),
+    script!("work/list.js"),
+    script!("work/measure.js"),
+    script!("work/report.js"),
+    script!("work/study.js"),
+    script!("work/words.js"),
+    script!("work/work.js"),
+];
+
 /// A router whose paths are also taken with a slash at their end.
 struct WithSlashes(Router<Arc<App>>);
 
@@ -99,7 +122,7 @@ impl WithSlashes {
 /// All routes.
 pub fn router(app: Arc<App>) -> Router {
     let keys = KeyCheck::new(&app.config.api_keys);
-    let several = app.config.api_keys.len() > 1;
+    let with_studies = app.studies.is_some();
     let guarded = WithSlashes(Router::new())
         .route_v1("/chat/completions", post(chat::completions))
         .route_v1("/completions", post(completions::completions))
@@ -114,8 +137,12 @@ pub fn router(app: Arc<App>) -> Router {
         .route("/metrics", get(metrics))
         .0
         .route("/v1/models/{*name}", get(model))
-        .route("/models/{*name}", get(model))
-        .layer(from_fn_with_state((keys, several), check_key));
+        .route("/models/{*name}", get(model));
+    let guarded = match with_studies {
+        true => guarded.merge(studies::routes()),
+        false => guarded,
+    };
+    let guarded = guarded.layer(from_fn_with_state((app.clone(), keys), identify));
     let open = WithSlashes(Router::new())
         .route("/healthz", get(|| async { "ok\n" }))
         .route("/readyz", get(ready))
@@ -124,7 +151,8 @@ pub fn router(app: Arc<App>) -> Router {
         .route("/version", get(version))
         .route("/openapi.json", get(description));
     let mut open = open.0;
-    for (path, kind, content) in PAGE {
+    let work = WORK_PAGE.into_iter().filter(|_| with_studies);
+    for (path, kind, content) in PAGE.into_iter().chain(work) {
         open = open.route(path, get(move || async move { file(kind, content) }));
     }
     guarded
@@ -141,9 +169,11 @@ pub fn router(app: Arc<App>) -> Router {
 }
 
 /// The error of a path that is not served; it lists those that are.
-async fn nothing_here() -> ApiError {
+async fn nothing_here(State(app): State<Arc<App>>) -> ApiError {
+    let of_studies = STUDY_ROUTES.iter().filter(|_| app.studies.is_some());
     let routes: Vec<String> = ROUTES
         .iter()
+        .chain(of_studies)
         .map(|(method, path)| format!("{method} {path}"))
         .collect();
     ApiError::new(
@@ -222,24 +252,6 @@ async fn every_request(State(app): State<Arc<App>>, mut request: Request, next: 
     response
 }
 
-async fn check_key(
-    State((keys, several)): State<(KeyCheck, bool)>,
-    headers: HeaderMap,
-    mut request: Request,
-    next: Next,
-) -> Result<Response, ApiError> {
-    keys.check(&headers)?;
-    // Where there are several keys, each is somebody; a single one is everybody's.
-    if several && let Some(key) = headers.get(header::AUTHORIZATION) {
-        let digest = Sha256::digest(key.as_bytes());
-        let mut client = [0; 8];
-        client.copy_from_slice(&digest[..8]);
-        let client = u64::from_le_bytes(client);
-        request.extensions_mut().insert(Peer { client });
-    }
-    Ok(next.run(request).await)
-}
-
 fn file(kind: &'static str, content: &'static str) -> Response {
     // Revalidated at every use: a new version of the program must not meet an old script.
     (
@@ -252,8 +264,8 @@ fn file(kind: &'static str, content: &'static str) -> Response {
         .into_response()
 }
 
-async fn description() -> Response {
-    file("application/json", openapi::text())
+async fn description(State(app): State<Arc<App>>) -> Response {
+    file("application/json", openapi::text(app.studies.is_some()))
 }
 
 async fn ready(State(app): State<Arc<App>>) -> Response {
@@ -281,7 +293,7 @@ async fn metrics(State(app): State<Arc<App>>) -> Result<Response, ApiError> {
 /// Limits of a request, for clients that check it before they send it.
 async fn limits(State(app): State<Arc<App>>) -> Json<Value> {
     let config = &app.config;
-    Json(json!({
+    let mut limits = json!({
         "object": "limits",
         "max_images": config.max_images,
         "max_image_pixels": config.max_image_pixels,
@@ -290,7 +302,12 @@ async fn limits(State(app): State<Arc<App>>) -> Json<Value> {
         "max_model_len": app.context(),
         "request_timeout_seconds": config.request_timeout.as_secs(),
         "page_history": config.page_history,
-    }))
+    });
+    if app.studies.is_some() {
+        limits["studies"] = true.into();
+        limits["exports"] = json!(studies::EXPORTS);
+    }
+    Json(limits)
 }
 
 async fn models(State(app): State<Arc<App>>) -> Json<Value> {
@@ -370,18 +387,22 @@ mod tests {
 
     #[test]
     fn the_openapi_document_lists_every_route() {
-        let document = openapi::document();
-        let mut documented = BTreeSet::new();
-        for (path, methods) in document["paths"].as_object().unwrap() {
-            for method in methods.as_object().unwrap().keys() {
-                documented.insert((method.to_uppercase(), path.clone()));
+        for studies in [false, true] {
+            let document = openapi::document(studies);
+            let mut documented = BTreeSet::new();
+            for (path, methods) in document["paths"].as_object().unwrap() {
+                for method in methods.as_object().unwrap().keys() {
+                    documented.insert((method.to_uppercase(), path.clone()));
+                }
             }
+            let of_studies = STUDY_ROUTES.iter().filter(|_| studies);
+            let listed: BTreeSet<(String, String)> = ROUTES
+                .iter()
+                .chain(of_studies)
+                .filter(|(_, path)| *path != "/")
+                .map(|(method, path)| ((*method).to_owned(), (*path).to_owned()))
+                .collect();
+            assert_eq!(listed, documented);
         }
-        let listed: BTreeSet<(String, String)> = ROUTES
-            .iter()
-            .filter(|(_, path)| *path != "/")
-            .map(|(method, path)| ((*method).to_owned(), (*path).to_owned()))
-            .collect();
-        assert_eq!(listed, documented);
     }
 }

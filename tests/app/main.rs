@@ -48,6 +48,7 @@ mod serve_keys;
 mod serve_openapi;
 mod serve_responses;
 mod serve_safety;
+mod serve_studies;
 mod serve_tools;
 mod server;
 mod tools;
@@ -113,6 +114,8 @@ fn program(folder: &Path, args: &[&str]) -> Command {
         .current_dir(folder)
         .env_remove("RUST_BACKTRACE")
         .env_remove("XRAY_API_KEY")
+        .env_remove("XRAY_STORE")
+        .env_remove("XRAY_STORE_KEY")
         .stdin(Stdio::null())
         .stdout(Stdio::piped())
         .stderr(Stdio::piped());

@@ -15,7 +15,7 @@ use crate::{
     train::{finished, train, train_well, workspace},
 };
 
-const COMMANDS: [&str; 25] = [
+const COMMANDS: [&str; 27] = [
     "calibrate",
     "prefer",
     "score",
@@ -34,6 +34,8 @@ const COMMANDS: [&str; 25] = [
     "phantoms",
     "init-tiny",
     "serve",
+    "store",
+    "export",
     "doctor",
     "drafts",
     "bench",

@@ -147,6 +147,31 @@ pub struct ServeArgs {
     /// at once.
     #[arg(long, value_name = "SECONDS", default_value_t = 30)]
     pub drain_seconds: u64,
+    /// Folder in which studies and reports are kept; switches the worklist on. Everybody then needs an account: `store
+    /// key add` makes one. Without it nothing outlives a request.
+    #[arg(long, value_name = "FOLDER", env = "XRAY_STORE")]
+    pub store: Option<PathBuf>,
+    /// File with the key that a store is encrypted with; XRAY_STORE_KEY may have the key itself. A store that is
+    /// begun with a key is encrypted, one that is begun without is not.
+    #[arg(long, value_name = "FILE", requires = "store")]
+    pub store_key_file: Option<PathBuf>,
+    /// Header in which a --trusted-proxy names the account of whoever it let in.
+    #[arg(
+        long,
+        value_name = "HEADER",
+        requires = "store",
+        requires = "trusted_proxy"
+    )]
+    pub user_header: Option<String>,
+    /// Question that drafts of reports are asked for with [default: 通过这张胸部X光影像可以诊断出什么？].
+    #[arg(long, value_name = "TEXT", requires = "store")]
+    pub draft_prompt: Option<String>,
+    /// Write drafts without probabilities of findings; the worklist has no order of urgency then.
+    #[arg(long, requires = "store")]
+    pub no_draft_findings: bool,
+    /// Remove signed studies that have not changed for so many days.
+    #[arg(long, value_name = "DAYS", requires = "store")]
+    pub keep_days: Option<u32>,
     /// Fetch images from public http(s):// addresses.
     #[arg(long)]
     pub allow_image_urls: bool,
@@ -165,7 +190,9 @@ pub struct ServeArgs {
 pub(super) fn check(args: &ServeArgs) -> Result<()> {
     let wrong = |text: String| -> Result<()> { bail!(UsageError(text)) };
     let count = |value: u64| usize::try_from(value).unwrap_or(usize::MAX);
-    if !args.host.is_loopback() && args.api_key.is_empty() && !args.no_auth {
+    // The accounts of a store let nobody else in.
+    let open = args.api_key.is_empty() && args.store.is_none();
+    if !args.host.is_loopback() && open && !args.no_auth {
         return wrong(format!(
             "--host {} can be reached from other machines; give an --api-key, or --no-auth to let everybody in",
             args.host

@@ -18,6 +18,7 @@ use crate::{
         cors::AllowedOrigins,
         http::{self, Transport},
         router::router,
+        studies::draft_studies,
     },
 };
 
@@ -131,13 +132,17 @@ impl Serve {
         if self.args.no_auth && !self.args.host.is_loopback() {
             eprintln!("warning: everybody who reaches {address} can use it");
         }
-        if app.config.allow_origins.any() && self.api_keys.is_empty() {
+        let without_keys =
+            self.api_keys.is_empty() && (self.args.store.is_none() || self.args.no_auth);
+        if app.config.allow_origins.any() && without_keys {
             eprintln!(
                 "warning: every web page that is opened where {address} can be reached can use it; give an --api-key"
             );
         }
+        let drafting = tokio::spawn(draft_studies(app.clone()));
         let drain = Duration::from_secs(self.args.drain_seconds);
         http::serve(listener, transport, router(app.clone()), app, stop, drain).await?;
+        drafting.abort();
         Ok(())
     }
 }

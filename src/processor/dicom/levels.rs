@@ -106,6 +106,59 @@ pub(super) fn levels(
     Ok(shown.into_iter().map(level).collect())
 }
 
+/// The values of a film and its first window, for a viewer with a window of its own.
+pub(super) struct Scale {
+    /// Of each number of the histogram: after the modality's rescale and, where the file has one, its table of levels.
+    pub(super) values: Vec<f64>,
+    /// Width and centre.
+    pub(super) window: (f64, f64),
+    pub(super) inverted: bool,
+}
+
+/// The scale of a film; a window that hides everything gives way to the percentiles, as in [`levels`].
+///
+/// # Errors
+/// As [`levels`].
+pub(super) fn scale(
+    header: &Header,
+    set: &DataSet<'_>,
+    histogram: &Histogram,
+) -> Result<Scale, DicomError> {
+    let mut remarks = Vec::new();
+    let modality = Modality::new(header, set)?;
+    let Histogram { numbers, counts } = histogram;
+    let mut values: Vec<f64> = numbers
+        .iter()
+        .map(|number| modality.apply(*number))
+        .collect();
+    let table = LevelTable::new(set.voi_table.as_ref(), values_signed(&values))?;
+    let chosen = match &table {
+        Some(table) => {
+            values = values.iter().map(|value| table.value(*value)).collect();
+            let high = table.highest();
+            Some((high, high / 2.0))
+        }
+        None => LevelWindow::new(set, &mut remarks).map(|window| (window.width, window.center)),
+    };
+    let hidden = |(width, center): &(f64, f64)| {
+        let low = center - width / 2.0;
+        let shares: Vec<f64> = values.iter().map(|value| (value - low) / width).collect();
+        hides_all(&shares, counts)
+    };
+    let window = chosen.filter(|window| !hidden(window)).unwrap_or_else(|| {
+        let (low, high) = match header.stored <= 8 && !modality.is_table() && chosen.is_none() {
+            true => modality.range(header),
+            false => percentiles(&values, counts),
+        };
+        ((high - low).max(1.0), f64::midpoint(low, high))
+    });
+    Ok(Scale {
+        values,
+        window,
+        inverted: is_inverted(header, set, &mut remarks),
+    })
+}
+
 /// What is shown where no window can be used.
 const WITHOUT_WINDOW: &str = "the 1st to 99th percentile of its grey levels is shown";
 

@@ -11,6 +11,7 @@
 mod codec;
 mod encoding;
 mod error;
+mod grey;
 mod header;
 mod levels;
 mod native;
@@ -28,6 +29,7 @@ use image::{DynamicImage, GrayImage, RgbImage};
 
 pub use encoding::looks_like_dicom;
 pub use error::DicomError;
+pub use grey::{GreyFilm, grey};
 
 use super::decode_limits::DecodeLimits;
 use super::remark::{Remark, RemarkKind};

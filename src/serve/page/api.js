@@ -65,7 +65,7 @@ export const hasKey = () => sessionStorage.getItem(KEY) !== null;
 export const forgetKey = () => sessionStorage.removeItem(KEY);
 
 /** Sends with the key; after a 401 the user is asked, once for all waiting requests. */
-async function send(path, options = {}) {
+export async function send(path, options = {}) {
   for (;;) {
     const key = sessionStorage.getItem(KEY);
     const headers = new Headers(options.headers);

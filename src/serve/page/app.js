@@ -364,6 +364,7 @@ function showLoadRemarks(all) {
 async function showLimits() {
   most = await limits();
   limitFilms(most);
+  $("open-worklist").hidden = !most.studies;
   if (most.max_images && most.max_image_pixels && most.max_body_bytes) {
     say($("pick-limits"), "pick.limits", {
       images: most.max_images,

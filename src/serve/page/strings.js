@@ -20,6 +20,7 @@ export const PROMPTS = [
 ];
 
 const zh = {
+  "work.open": "工作列表",
   title: "胸片报告",
   "page.title": "胸片报告 · xray-qwen3vl",
   skip: "跳到提问",
@@ -239,6 +240,7 @@ const zh = {
 };
 
 const en = {
+  "work.open": "Worklist",
   title: "Chest X-ray report",
   "page.title": "Chest X-ray report · xray-qwen3vl",
   skip: "Skip to the question",
