@@ -7,8 +7,8 @@ use crate::{
     commands::{
         bench, calibrate, check, clean, completions, config, convert, doctor, drafts, eval,
         examples::{self, section},
-        export, infer, init_tiny, label, merge, phantoms, plan, prefer, preview, pull, quantize, score,
-        serve, store, train, version,
+        export, infer, init_tiny, label, merge, phantoms, plan, prefer, preview, pull, quantize,
+        score, serve, store, train, version,
     },
 };
 

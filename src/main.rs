@@ -12,8 +12,8 @@ use xray_qwen3vl::{
     cli::{Cli, Command},
     commands::{
         bench, calibrate, check, clean, completions, config, convert, doctor, drafts, eval,
-        exit_code, export, infer, init_tiny, label, log_lines, merge, phantoms, plan, prefer, preview,
-        pull, quantize, score, serve, store, train, version,
+        exit_code, export, infer, init_tiny, label, log_lines, merge, phantoms, plan, prefer,
+        preview, pull, quantize, score, serve, store, train, version,
     },
 };
 

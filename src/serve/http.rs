@@ -30,8 +30,8 @@ use tokio::{
 use super::{
     App,
     auth::Peer,
-    studies::identity::ConnectedFrom,
     error::ApiError,
+    studies::identity::ConnectedFrom,
     wire::{Counted, Exchange, OverTcp, Wire},
 };
 
