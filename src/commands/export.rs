@@ -1,11 +1,6 @@
 //! `export`: signed reports of a store as rows to train on, without what says whom they are of.
 
-use std::{
-    collections::HashMap,
-    fs,
-    io::{Cursor, Write},
-    path::PathBuf,
-};
+use std::{collections::HashMap, fs, io::Cursor, path::PathBuf};
 
 use anyhow::{Context, Result, bail};
 use clap::Args;
@@ -204,7 +199,7 @@ pub fn run(args: &ExportArgs) -> Result<()> {
     eprintln!(
         "`{}`: {}",
         args.output.display(),
-        counted(studies.len(), "row")
+        counted(studies.len(), "row", "rows")
     );
     Ok(())
 }

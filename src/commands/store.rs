@@ -273,7 +273,11 @@ pub fn run(command: &StoreCommand) -> Result<()> {
         StoreAction::Verify(args) => verify(args),
         StoreAction::Backup(args) => {
             let films = args.store.open(Open::Existing)?.backup(&args.output)?;
-            eprintln!("`{}`: {}", args.output.display(), counted(films, "film"));
+            eprintln!(
+                "`{}`: {}",
+                args.output.display(),
+                counted(films, "film", "films")
+            );
             Ok(())
         }
         StoreAction::Delete(args) => delete(args),
@@ -368,7 +372,7 @@ fn verify(args: &VerifyArgs) -> Result<()> {
     if !found.faults.is_empty() {
         bail!(
             "the store has {}: {}",
-            counted(found.faults.len(), "fault"),
+            counted(found.faults.len(), "fault", "faults"),
             found.faults[0]
         );
     }
@@ -436,7 +440,7 @@ fn edits(args: &EditsArgs) -> Result<()> {
     eprintln!(
         "`{}`: {}",
         args.output.display(),
-        counted(edits.reports(), "report")
+        counted(edits.reports(), "report", "reports")
     );
     Ok(())
 }

@@ -141,6 +141,10 @@ impl Entry {
     }
 }
 
+fn is_signed(entry: &Entry) -> bool {
+    matches!(entry.state, StudyState::Signed | StudyState::Sent)
+}
+
 /// Ids of a page of `entries`, how many there are in all, and the counts of states.
 pub(super) fn page<'a>(
     entries: impl Iterator<Item = &'a Entry>,
@@ -164,7 +168,10 @@ pub(super) fn page<'a>(
     // The same order at every call: ids decide last.
     found.sort_unstable_by(|one, other| {
         let urgent = match query.urgent_first {
-            true => other.urgency.total_cmp(&one.urgency),
+            // What is signed no longer waits for anybody.
+            true => is_signed(one)
+                .cmp(&is_signed(other))
+                .then(other.urgency.total_cmp(&one.urgency)),
             false => std::cmp::Ordering::Equal,
         };
         let newest = other.received_at.cmp(&one.received_at);

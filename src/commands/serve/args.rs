@@ -190,7 +190,9 @@ pub struct ServeArgs {
 pub(super) fn check(args: &ServeArgs) -> Result<()> {
     let wrong = |text: String| -> Result<()> { bail!(UsageError(text)) };
     let count = |value: u64| usize::try_from(value).unwrap_or(usize::MAX);
-    if !args.host.is_loopback() && args.api_key.is_empty() && !args.no_auth {
+    // The accounts of a store let nobody else in.
+    let open = args.api_key.is_empty() && args.store.is_none();
+    if !args.host.is_loopback() && open && !args.no_auth {
         return wrong(format!(
             "--host {} can be reached from other machines; give an --api-key, or --no-auth to let everybody in",
             args.host

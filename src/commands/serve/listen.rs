@@ -132,7 +132,9 @@ impl Serve {
         if self.args.no_auth && !self.args.host.is_loopback() {
             eprintln!("warning: everybody who reaches {address} can use it");
         }
-        if app.config.allow_origins.any() && self.api_keys.is_empty() {
+        let without_keys =
+            self.api_keys.is_empty() && (self.args.store.is_none() || self.args.no_auth);
+        if app.config.allow_origins.any() && without_keys {
             eprintln!(
                 "warning: every web page that is opened where {address} can be reached can use it; give an --api-key"
             );

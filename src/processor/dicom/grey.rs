@@ -115,3 +115,44 @@ pub fn grey(bytes: &[u8], limits: &DecodeLimits) -> Result<Option<GreyFilm>, Dic
         view: view.unwrap_or_default(),
     }))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::processor::dicom::decode;
+
+    #[test]
+    fn through_its_window_a_film_is_what_the_model_sees() {
+        let folder = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/fixtures/dicom");
+        let limits = DecodeLimits::default();
+        for name in [
+            "gray_8u_1",
+            "gray_12u_1",
+            "gray_16s_1",
+            "rescale_window",
+            "rescale_negative",
+            "modality_table",
+        ] {
+            let bytes = std::fs::read(format!("{folder}/{name}.dcm")).unwrap();
+            let film = grey(&bytes, &limits).unwrap().unwrap();
+            let mut seen = decode(&bytes, None, &limits).unwrap();
+            seen.picture.apply_orientation(seen.orientation);
+            let seen = seen.picture.into_luma8();
+            assert_eq!(
+                (film.width, film.height),
+                (seen.width() as usize, seen.height() as usize)
+            );
+            let (width, center) = film.window;
+            for (number, expected) in film.numbers.iter().zip(seen.as_raw()) {
+                let value = film.first + film.step * f64::from(*number);
+                let share = ((value - center) / width + 0.5).clamp(0.0, 1.0) * 255.0;
+                let grey = if film.inverted { 255.0 - share } else { share };
+                // DICOM's window function has half a level and one level off its ends.
+                let near = (grey - f64::from(*expected)).abs() <= 1.0 + 255.0 / width;
+                assert!(near, "{name}: {value} is {grey}, not {expected}");
+            }
+        }
+        let colours = std::fs::read(format!("{folder}/colour_rgb.dcm")).unwrap();
+        assert_eq!(grey(&colours, &limits).unwrap(), None);
+    }
+}

@@ -13,6 +13,7 @@ use axum::{
     http::{HeaderMap, StatusCode},
 };
 use base64::{Engine as _, engine::general_purpose::STANDARD};
+use futures_util::stream::{self, StreamExt};
 use serde_json::{Value, json};
 
 use super::{identity::Identity, json_body, outgoing, with_store};
@@ -30,6 +31,9 @@ use crate::serve::{
 use crate::store::{
     Actor, Draft, StoreError, Study, StudyState, StudyStore, disk::Scope, films_to_read, now,
 };
+
+/// Drafts that are asked for at the same time.
+const AT_ONCE: usize = 4;
 
 /// Time between two looks for work.
 const PAUSE: Duration = Duration::from_millis(500);
@@ -201,12 +205,15 @@ async fn draft_one(app: &Arc<App>, id: &str) -> Result<bool, ApiError> {
         other => other,
     };
     let id = id.to_owned();
-    with_store(app, move |store| {
+    let kept = with_store(app, move |store| {
         let action = if drafted.is_ok() { "draft" } else { "fail" };
         store.change(&id, action, &Actor::server(), &mut |study| {
             // A film that came meanwhile makes the draft one of less than the study.
             if study.state != StudyState::Complete || study.films.len() != films {
-                return Ok(());
+                return Err(StoreError::Changed {
+                    expected: films as u64,
+                    found: study.films.len() as u64,
+                });
             }
             match &drafted {
                 Ok(draft) => {
@@ -224,8 +231,11 @@ async fn draft_one(app: &Arc<App>, id: &str) -> Result<bool, ApiError> {
             Ok(())
         })
     })
-    .await?;
-    Ok(true)
+    .await;
+    match kept {
+        Err(error) if error.status != StatusCode::CONFLICT => Err(error),
+        _ => Ok(true),
+    }
 }
 
 /// Has drafts of complete studies written until the server ends, and removes studies that are old enough.
@@ -251,20 +261,20 @@ pub async fn run(app: Arc<App>) {
             }
         }
         let waiting = with_store(&app, |store| store.waiting(StudyState::Complete, now())).await;
-        let mut pause = PAUSE;
-        for id in waiting.unwrap_or_default() {
-            match draft_one(&app, &id).await {
-                Ok(true) => {}
-                Ok(false) => {
-                    pause = BUSY_PAUSE;
-                    break;
-                }
-                Err(error) => {
+        let drafted = stream::iter(waiting.unwrap_or_default()).map(|id| {
+            let app = &app;
+            async move {
+                draft_one(app, &id).await.unwrap_or_else(|error| {
                     log::error!("study {id} could not be drafted: {error}");
-                    pause = BUSY_PAUSE;
-                }
+                    false
+                })
             }
-        }
+        });
+        let all = drafted
+            .buffer_unordered(AT_ONCE)
+            .all(|done| async move { done })
+            .await;
+        let pause = if all { PAUSE } else { BUSY_PAUSE };
         tokio::time::sleep(pause).await;
     }
 }

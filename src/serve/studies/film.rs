@@ -147,10 +147,11 @@ pub(super) async fn film(
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::processor::patches::ImageProcessorConfig;
 
     #[test]
     fn a_grey_pixel_keeps_its_level_in_a_film_of_8_bits() {
-        let images = ImageProcessor::default();
+        let images = ImageProcessor::new(ImageProcessorConfig::default()).unwrap();
         let mut png = std::io::Cursor::new(Vec::new());
         let picture = image::GrayImage::from_fn(3, 2, |x, y| image::Luma([(x * 100 + y) as u8]));
         picture.write_to(&mut png, image::ImageFormat::Png).unwrap();

@@ -32,7 +32,6 @@ use super::{
 
 pub use accounts::{Account, Role, Scope};
 pub use audit::AuditLine;
-pub use check::Verified;
 use cipher::Cipher;
 pub use cipher::StoreKey;
 use films::Films;

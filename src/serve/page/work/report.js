@@ -45,7 +45,7 @@ export class ReportPanel {
   /** Draws everything, in the language of the page. */
   draw() {
     const study = this.#study;
-    const typed = this.#editing ? this.#parts.box.value : null;
+    const typed = this.#parts.box?.isConnected ? this.#parts.box.value : null;
     this.#parts.error = el("p", { class: "form-error", role: "alert" });
     this.#parts.told = el("span", { class: "told", role: "status" });
     this.element.replaceChildren(
@@ -172,6 +172,8 @@ export class ReportPanel {
     if (!findings?.classes) return [];
     const box = el("div", { class: "findings" });
     showFindings(box, findings);
+    // Under the panel's own heading.
+    box.querySelector("h4")?.setAttribute("aria-level", "3");
     const names = new Map(Object.entries(findings.classes).map(([key, one]) => [one.chinese, key]));
     for (const row of box.querySelectorAll("tr")) {
       const name = row.querySelector(".name")?.textContent;
@@ -249,7 +251,9 @@ export class ReportPanel {
 
   /** Opens the text for editing. */
   edit() {
-    if (!this.may("edit") || this.#editing || !this.#study.draft) return;
+    const { state } = this.#study;
+    const ready = ["drafted", "signed", "sent", "failed"].includes(state);
+    if (!this.may("edit") || this.#editing || !ready) return;
     this.#editing = true;
     this.draw();
     this.#parts.box.focus();
@@ -287,8 +291,8 @@ export class ReportPanel {
   /** Asks for the signature and sends it. */
   sign() {
     const { signed, draft } = this.#study;
-    if (!this.may("sign") || !draft || (signed.length > 0 && !this.#editing)) return;
     const text = this.#editing ? this.#parts.box.value : this.#study.text;
+    if (!this.may("sign") || text.trim() === "" || (signed.length > 0 && !this.#editing)) return;
     const named = this.account.name !== null;
     const name = el("input", { type: "text", id: "sign-name", maxlength: 100, required: true, autocomplete: "name" });
     const consent = el("input", { type: "checkbox" });
@@ -318,7 +322,7 @@ export class ReportPanel {
       { onsubmit: send },
       el("h2", { id: "sign-title", t: "sign.title" }),
       el("p", { t: "sign.text" }),
-      el("div", { class: "sign-changes" }, changesElement(draft.text, text)),
+      el("div", { class: "sign-changes" }, changesElement(draft?.text ?? "", text)),
       who,
       el("label", { class: "check-label" }, consent, el("span", { t: "sign.consent" })),
       error,
