@@ -61,6 +61,7 @@ impl Edits {
     }
 
     /// Months in their order.
+    #[cfg(test)]
     pub fn months(&self) -> &BTreeMap<(i32, u32), Month> {
         &self.0
     }

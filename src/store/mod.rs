@@ -131,6 +131,7 @@ pub trait StudyStore: Send + Sync {
     fn study(&self, id: &str) -> Result<Study, StoreError>;
 
     /// Id of the study with a StudyInstanceUID.
+    #[allow(dead_code, reason = "for what receives from and sends to a network")]
     fn by_uid(&self, study_uid: &str) -> Result<Option<String>, StoreError>;
 
     /// Earlier studies of the same patient (PatientID, not empty), the newest first, by study date, then by arrival.
@@ -157,6 +158,7 @@ pub trait StudyStore: Send + Sync {
     fn waiting(&self, state: StudyState, before: i64) -> Result<Vec<String>, StoreError>;
 
     /// Ids of studies with something in the outbox that is not sent and due at `now`, the longest due first.
+    #[allow(dead_code, reason = "for what receives from and sends to a network")]
     fn due(&self, now: i64) -> Result<Vec<String>, StoreError>;
 
     /// Removes a study with its films.

@@ -4,10 +4,13 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 /// How far a study has come.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[derive(
+    Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize,
+)]
 #[serde(rename_all = "snake_case")]
 pub enum StudyState {
     /// Films are coming in.
+    #[default]
     Received,
     /// No more films are expected; a draft may be written.
     Complete,
@@ -149,6 +152,9 @@ pub struct Outgoing {
     pub sent_at: Option<i64>,
 }
 
+/// Classes of findings that make nobody hurry.
+const NOT_URGENT: [&str; 2] = ["no_finding", "support_devices"];
+
 /// One study.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 #[serde(default)]
@@ -195,12 +201,6 @@ pub struct Study {
     pub consent: Option<Report>,
 }
 
-impl Default for StudyState {
-    fn default() -> Self {
-        Self::Received
-    }
-}
-
 impl Study {
     /// The report that is valid now: the signed one, else the edited one, else the draft.
     pub fn text(&self) -> &str {
@@ -210,14 +210,46 @@ impl Study {
         signed.or(edited).or(draft).unwrap_or_default()
     }
 
-    /// How urgent the study is: the greatest probability of a finding that the draft has, 0 to 1.
+    /// The finding that makes the study urgent, with its probability: the likeliest one of the draft that is no
+    /// device and not the absence of all others.
+    pub fn urgent_finding(&self) -> Option<(&str, &Value, f64)> {
+        let classes = self.draft.as_ref()?.findings["classes"].as_object()?;
+        classes
+            .iter()
+            .filter(|(key, _)| !NOT_URGENT.contains(&key.as_str()))
+            .filter_map(|(key, one)| Some((key.as_str(), one, one["probability"].as_f64()?)))
+            .max_by(|(.., one), (.., other)| one.total_cmp(other))
+    }
+
+    /// How urgent the study is: the probability of [`Study::urgent_finding`], 0 to 1.
     pub fn urgency(&self) -> f64 {
-        let classes = self.draft.as_ref().map(|draft| &draft.findings["classes"]);
-        let classes = classes.and_then(Value::as_object);
-        let chances = classes
-            .into_iter()
-            .flatten()
-            .filter_map(|(_, one)| one["probability"].as_f64());
-        chances.fold(0.0, f64::max)
+        self.urgent_finding().map_or(0.0, |(.., chance)| chance)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    #[test]
+    fn a_normal_film_with_a_line_is_not_urgent() {
+        let classes = json!({
+            "no_finding": {"probability": 0.99},
+            "support_devices": {"probability": 0.98},
+            "pneumothorax": {"probability": 0.02},
+            "fracture": {"probability": null},
+        });
+        let study = Study {
+            draft: Some(Draft {
+                findings: json!({"classes": classes}),
+                ..Draft::default()
+            }),
+            ..Study::default()
+        };
+        let (key, _, chance) = study.urgent_finding().unwrap();
+        assert_eq!((key, chance), ("pneumothorax", 0.02));
+        assert_eq!(Study::default().urgency(), 0.0);
     }
 }

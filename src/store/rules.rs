@@ -110,6 +110,7 @@ pub(super) fn search_text(study: &Study) -> String {
 #[derive(Debug, Clone)]
 pub(super) struct Entry {
     pub(super) id: String,
+    #[allow(dead_code, reason = "for what receives from and sends to a network")]
     pub(super) study_uid: String,
     pub(super) patient: String,
     pub(super) date: String,

@@ -190,16 +190,9 @@ fn a_study_is_drafted_edited_signed_and_there_after_a_restart() {
     // What is signed takes no film and no new draft.
     let mut late = upload("P-778", "A-1");
     late["study"] = id.into();
-    late["films"][0]["file"] = STANDARD
-        .encode(
-            fs::read(crate::fixture_image("grey.png")).unwrap_or_else(|_| {
-                // Any other picture.
-                let mut bytes = fs::read(demo_image()).unwrap();
-                bytes.extend(b"another file");
-                bytes
-            }),
-        )
-        .into();
+    let mut another = fs::read(demo_image()).unwrap();
+    another.extend(b"another file");
+    late["films"][0]["file"] = STANDARD.encode(another).into();
     assert_eq!(post(&signer, "/v1/studies", late).status, 409);
     assert_eq!(
         post(&signer, &format!("/v1/studies/{id}/draft"), json!({})).status,
@@ -373,9 +366,7 @@ fn a_store_without_accounts_and_a_server_without_a_store() {
         good(&server.post(&path, &body))["signed"][0]["by"],
         "李医生"
     );
-    assert!(
-        server.get("/worklist").body.contains("worklist") || server.get("/worklist").status == 200
-    );
+    assert_eq!(server.get("/worklist").status, 200);
     assert_eq!(server.get("/v1/limits").json()["studies"], true);
     drop(server);
 
@@ -467,5 +458,5 @@ fn what_was_kept_survives_kill_9_at_any_moment() {
         .unwrap()
         .map(|folder| fs::read_dir(folder.unwrap().path()).unwrap().count())
         .sum();
-    assert!(files as u64 >= found["films"].as_u64().unwrap());
+    assert_eq!(files as u64, found["films"].as_u64().unwrap());
 }

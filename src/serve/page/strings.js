@@ -20,8 +20,8 @@ export const PROMPTS = [
 ];
 
 const zh = {
-  title: "胸片报告",
   "work.open": "工作列表",
+  title: "胸片报告",
   "page.title": "胸片报告 · xray-qwen3vl",
   skip: "跳到提问",
   panel: "提问",

@@ -69,17 +69,8 @@ pub(super) fn query(mut fields: Fields, most: usize) -> Result<Query, ApiError> 
 
 /// The finding that makes a study urgent.
 fn urgent_finding(study: &Study) -> Option<Value> {
-    let classes = study.draft.as_ref()?.findings["classes"].as_object()?;
-    let chance = |one: &Value| one["probability"].as_f64();
-    let (key, one) = classes
-        .iter()
-        .filter(|(_, one)| chance(one).is_some())
-        .max_by(|(_, a), (_, b)| {
-            chance(a)
-                .unwrap_or(0.0)
-                .total_cmp(&chance(b).unwrap_or(0.0))
-        })?;
-    Some(json!({"key": key, "chinese": one["chinese"], "probability": one["probability"]}))
+    let (key, one, chance) = study.urgent_finding()?;
+    Some(json!({"key": key, "chinese": one["chinese"], "probability": chance}))
 }
 
 fn line(line: &Line) -> Value {

@@ -108,11 +108,6 @@ pub struct Account {
 }
 
 impl Account {
-    /// Whether it may do something at `now`.
-    pub fn may(&self, scope: Scope, now: i64) -> bool {
-        self.is_valid(now) && self.scopes.contains(&scope)
-    }
-
     /// Whether it has not ended at `now`.
     pub fn is_valid(&self, now: i64) -> bool {
         self.expires_at.is_none_or(|end| now < end)

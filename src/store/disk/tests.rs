@@ -222,8 +222,8 @@ fn keys_accounts_and_a_second_server() {
     );
     assert!(!has(&all_bytes(folder.path()), &shown));
     assert_eq!(store.account_of_name("李医生").unwrap(), None);
-    assert!(account.may(Scope::Sign, now()) && !account.may(Scope::Admin, now()));
-    assert!(!account.may(Scope::Read, now() + 2000));
+    assert!(account.scopes.contains(&Scope::Sign) && !account.scopes.contains(&Scope::Admin));
+    assert!(account.is_valid(now()) && !account.is_valid(now() + 2000));
     beside.remove_account("李医生", &Actor::server()).unwrap();
     assert_eq!(store.account_of_key(&shown).unwrap(), None);
     assert!(store.verify(None).unwrap().faults.is_empty());
