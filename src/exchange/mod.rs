@@ -11,5 +11,7 @@ pub mod poll;
 pub mod receive;
 pub mod report;
 mod send;
+#[cfg(test)]
+mod tests;
 mod uid;
 pub mod watch;

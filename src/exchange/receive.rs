@@ -108,6 +108,8 @@ struct Shared {
     /// Bytes of objects on their way.
     memory: AtomicU64,
     stop: AtomicBool,
+    /// Associations that ended in a panic.
+    panics: AtomicU64,
 }
 
 impl Shared {
@@ -174,6 +176,7 @@ impl Receiver {
             open: Mutex::default(),
             memory: AtomicU64::new(0),
             stop: AtomicBool::new(false),
+            panics: AtomicU64::new(0),
         });
         let accepting = shared.clone();
         let watching = shared.clone();
@@ -195,6 +198,12 @@ impl Receiver {
     /// Where it listens.
     pub fn address(&self) -> SocketAddr {
         self.address
+    }
+
+    /// Associations that ended in a panic: none, in a program without faults.
+    #[cfg(test)]
+    pub(super) fn panics(&self) -> u64 {
+        self.shared.panics.load(Ordering::Relaxed)
     }
 
     /// Ends all associations, and waits for the threads that accept them.
@@ -269,6 +278,7 @@ fn accept(listener: &TcpListener, shared: &Arc<Shared>) {
                     associate(&own, id, socket)
                 }));
                 if ended.is_err() {
+                    own.panics.fetch_add(1, Ordering::Relaxed);
                     log::error!("a DICOM association failed inside the server");
                 }
                 own.open().sockets.remove(&id);
