@@ -40,6 +40,8 @@ pub mod train;
 
 pub(crate) mod store;
 
+pub(crate) mod exchange;
+
 pub(crate) mod serve;
 
 pub mod bench;

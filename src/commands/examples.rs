@@ -268,6 +268,10 @@ pub const SERVE: &[Example] = &[
         "xray-qwen3vl serve --store studies",
     ),
     (
+        "Between a PACS and its radiologists: films by C-STORE, signed reports back as SR and PDF",
+        "xray-qwen3vl serve --store studies --dicom XRAY:11112 --dicom-allow PACS --send-to PACS@pacs.example:104",
+    ),
+    (
         "For a network",
         "xray-qwen3vl serve --host 0.0.0.0 --port 8000 --api-key choose-a-secret",
     ),

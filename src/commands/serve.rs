@@ -1,6 +1,7 @@
 //! `serve`: one process that many people use.
 
 mod args;
+mod exchange;
 mod listen;
 mod studies;
 

@@ -263,6 +263,11 @@ impl App {
         self
     }
 
+    /// The studies of this server, if it keeps any.
+    pub fn kept_studies(&self) -> Option<&Studies> {
+        self.studies.as_ref()
+    }
+
     /// Tokens of prompt and answer together.
     pub fn context(&self) -> usize {
         self.parts

@@ -5,9 +5,11 @@
 
 pub mod disk;
 pub mod edits;
+mod memory;
 mod record;
 mod rules;
 
+pub use memory::MemoryStore;
 pub use record::{Draft, Film, Outgoing, Patient, Report, Study, StudyState};
 pub use rules::films_to_read;
 

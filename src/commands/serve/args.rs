@@ -8,6 +8,7 @@ use std::{
 use anyhow::{Context, Result, bail};
 use clap::Args;
 
+use super::exchange::ExchangeArgs;
 use crate::{
     base::hub::Want,
     commands::{
@@ -181,6 +182,9 @@ pub struct ServeArgs {
     /// Model and device.
     #[command(flatten)]
     pub model: ModelArgs,
+    /// Studies in, reports out.
+    #[command(flatten)]
+    pub exchange: ExchangeArgs,
     /// Defaults of requests.
     #[command(flatten)]
     pub generation: GenerationArgs,
@@ -245,6 +249,7 @@ pub(super) fn check(args: &ServeArgs) -> Result<()> {
     if let Err(error) = AllowedOrigins::new(&args.allow_origin) {
         return wrong(format!("--allow-origin: {error}"));
     }
+    args.exchange.check(args.store.is_some())?;
     loras(args)?;
     #[cfg(not(feature = "tls"))]
     if args.tls_cert.is_some() {

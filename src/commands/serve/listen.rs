@@ -10,7 +10,7 @@ use std::{
 use anyhow::{Context, Result};
 use tokio::net::TcpListener;
 
-use super::{Serve, args::loras};
+use super::{Serve, args::loras, exchange::Exchange};
 use crate::{
     base::system::open_files_limit,
     serve::{
@@ -139,11 +139,23 @@ impl Serve {
                 "warning: every web page that is opened where {address} can be reached can use it; give an --api-key"
             );
         }
+        let exchange = match app.kept_studies() {
+            Some(studies) => Some(Exchange::start(
+                &self.args,
+                studies,
+                &app.config.decode_limits(),
+            )?),
+            None => None,
+        };
         let drafting = tokio::spawn(draft_studies(app.clone()));
         let drain = Duration::from_secs(self.args.drain_seconds);
-        http::serve(listener, transport, router(app.clone()), app, stop, drain).await?;
+        let served = http::serve(listener, transport, router(app.clone()), app, stop, drain).await;
         drafting.abort();
-        Ok(())
+        if let Some(exchange) = exchange {
+            // A peer that does not answer holds it for its own time-out at most.
+            let _ = tokio::task::spawn_blocking(move || exchange.stop()).await;
+        }
+        Ok(served?)
     }
 }
 

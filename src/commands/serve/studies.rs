@@ -8,7 +8,10 @@ use super::args::ServeArgs;
 use crate::{
     commands::{infer::DEFAULT_PROMPT, store::store_key, usage::UsageError},
     serve::studies::Studies,
-    store::disk::{DiskStore, Open},
+    store::{
+        MemoryStore,
+        disk::{DiskStore, Open},
+    },
 };
 
 fn opened(args: &ServeArgs, folder: &Path) -> Result<Arc<DiskStore>> {
@@ -30,7 +33,21 @@ fn opened(args: &ServeArgs, folder: &Path) -> Result<Arc<DiskStore>> {
 /// A store that cannot be opened; one that has no account, where nobody could get in.
 pub(super) fn studies(args: &ServeArgs) -> Result<Option<Studies>> {
     let Some(folder) = &args.store else {
-        return Ok(None);
+        if !args.exchange.has_source() {
+            return Ok(None);
+        }
+        eprintln!(
+            "warning: studies, drafts and what is to be sent are in memory and end with this process; --store keeps them"
+        );
+        return Ok(Some(Studies {
+            store: Arc::new(MemoryStore::default()),
+            accounts: None,
+            user_header: None,
+            prompt: DEFAULT_PROMPT.to_owned(),
+            findings: true,
+            keep_days: None,
+            outbox: Some(Arc::new(args.exchange.outbox()?)),
+        }));
     };
     let user_header =
         match &args.user_header {
@@ -58,5 +75,6 @@ pub(super) fn studies(args: &ServeArgs) -> Result<Option<Studies>> {
             .unwrap_or_else(|| DEFAULT_PROMPT.to_owned()),
         findings: !args.no_draft_findings,
         keep_days: args.keep_days,
+        outbox: Some(Arc::new(args.exchange.outbox()?)),
     }))
 }

@@ -4,7 +4,7 @@
 //! deflated; native, RLE, JPEG (8 or 12 bits with loss, any without), JPEG-LS, JPEG 2000, HTJ2K and deflated
 //! pixels, of 1 to 32 bits, grey, of a palette or in colour. What else there is ends in an error that names the transfer syntax. Frames are counted from 1 here.
 //!
-//! Nothing is known of the patient: `reader` keeps technical attributes only, and neither errors,
+//! Nothing is known of the patient but in `identity`: `reader` keeps technical attributes only, and neither errors,
 //! remarks nor [`technical`] repeat free text. Nothing is allocated for pixels before the announced
 //! size has passed the limits. Not read are the windows of single frames of enhanced objects.
 
@@ -13,6 +13,7 @@ mod encoding;
 mod error;
 mod grey;
 mod header;
+mod identity;
 mod levels;
 mod native;
 mod palette;
@@ -30,6 +31,7 @@ use image::{DynamicImage, GrayImage, RgbImage};
 pub use encoding::looks_like_dicom;
 pub use error::DicomError;
 pub use grey::{GreyFilm, grey};
+pub use identity::{Identity, identity, transfer_syntaxes};
 
 use super::decode_limits::DecodeLimits;
 use super::remark::{Remark, RemarkKind};

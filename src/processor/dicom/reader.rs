@@ -1,6 +1,7 @@
 //! Bytes to the few attributes a picture needs.
 //!
-//! Only the attributes of [`WANTED`] are kept, so no name, date or number of a patient is ever stored.
+//! Only the attributes of [`WANTED`] are kept, so no name, date or number of a patient is stored with pixels; `identity` alone
+//! asks for others.
 //! Everything else is skipped in a loop: neither depth nor announced lengths cost memory.
 
 use std::borrow::Cow;
@@ -110,6 +111,8 @@ pub(super) struct StoredTable<'a> {
 #[derive(Debug)]
 pub(super) struct DataSet<'a> {
     pub(super) encoding: Encoding,
+    /// The attributes that are kept.
+    wanted: &'static [Tag],
     elements: BTreeMap<Tag, Element<'a>>,
     pub(super) modality_table: Option<StoredTable<'a>>,
     pub(super) voi_table: Option<StoredTable<'a>>,
@@ -159,7 +162,13 @@ impl<'a> DicomFile<'a> {
 
     /// Reads the attributes that are wanted.
     pub(super) fn data_set(&self) -> Result<DataSet<'_>, DicomError> {
+        self.data_set_of(&WANTED)
+    }
+
+    /// Reads the attributes of `wanted`.
+    pub(super) fn data_set_of(&self, wanted: &'static [Tag]) -> Result<DataSet<'_>, DicomError> {
         let mut set = DataSet::empty(self.encoding);
+        set.wanted = wanted;
         set.walk(&self.data)?;
         Ok(set)
     }
@@ -210,6 +219,7 @@ impl<'a> DataSet<'a> {
     fn empty(encoding: Encoding) -> Self {
         Self {
             encoding,
+            wanted: &WANTED,
             elements: BTreeMap::new(),
             modality_table: None,
             voi_table: None,
@@ -248,7 +258,7 @@ impl<'a> DataSet<'a> {
                 tags::MODALITY_LUT_SEQUENCE => self.modality_table = self.table(content)?,
                 tags::VOILUT_SEQUENCE => self.voi_table = self.table(content)?,
                 tag if is_overlay_data(tag) => self.has_overlay |= !content.is_empty(),
-                tag if WANTED.contains(&tag) => {
+                tag if self.wanted.contains(&tag) => {
                     self.elements.entry(tag).or_insert(Element {
                         vr: header.vr,
                         value: content,

@@ -12,6 +12,28 @@ pub(super) fn is_uid(text: &str) -> bool {
     !text.is_empty() && text.len() <= 64 && text.bytes().all(known)
 }
 
+/// The transfer syntaxes that are read, the most usual first.
+pub(super) const READABLE: [&str; 18] = [
+    EXPLICIT_LITTLE,
+    IMPLICIT_LITTLE,
+    DEFLATED,
+    EXPLICIT_BIG,
+    "1.2.840.10008.1.2.5",
+    "1.2.840.10008.1.2.4.50",
+    "1.2.840.10008.1.2.4.51",
+    "1.2.840.10008.1.2.4.53",
+    "1.2.840.10008.1.2.4.55",
+    "1.2.840.10008.1.2.4.57",
+    "1.2.840.10008.1.2.4.70",
+    "1.2.840.10008.1.2.4.80",
+    "1.2.840.10008.1.2.4.81",
+    "1.2.840.10008.1.2.4.90",
+    "1.2.840.10008.1.2.4.91",
+    "1.2.840.10008.1.2.4.201",
+    "1.2.840.10008.1.2.4.202",
+    "1.2.840.10008.1.2.4.203",
+];
+
 /// A transfer syntax.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Syntax {

@@ -205,6 +205,7 @@ async fn draft_one(app: &Arc<App>, id: &str) -> Result<bool, ApiError> {
         other => other,
     };
     let id = id.to_owned();
+    let outbox = app.studies()?.outbox.clone();
     let kept = with_store(app, move |store| {
         let action = if drafted.is_ok() { "draft" } else { "fail" };
         store.change(&id, action, &Actor::server(), &mut |study| {
@@ -220,7 +221,7 @@ async fn draft_one(app: &Arc<App>, id: &str) -> Result<bool, ApiError> {
                     study.draft = Some(draft.clone());
                     study.state = StudyState::Drafted;
                     study.failure = None;
-                    let sent = outgoing(study, 0);
+                    let sent = outgoing(outbox.as_deref(), study, 0);
                     study.outbox.extend(sent);
                 }
                 Err(error) => {

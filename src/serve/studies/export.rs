@@ -139,7 +139,7 @@ fn document(study: &Study) -> Vec<u8> {
 }
 
 /// A file to be saved; its name has nothing of the patient.
-fn attachment(name: &str, kind: &'static str, bytes: Vec<u8>) -> Response {
+pub(super) fn attachment(name: &str, kind: &'static str, bytes: Vec<u8>) -> Response {
     let name = format!("attachment; filename=\"{name}\"");
     let headers = [
         (header::CONTENT_TYPE, kind.to_owned()),

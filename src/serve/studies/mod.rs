@@ -7,6 +7,7 @@ mod export;
 mod film;
 pub(super) mod identity;
 mod list;
+mod outgoing_forms;
 mod report;
 mod upload;
 mod zip;
@@ -26,6 +27,7 @@ use super::{
     error::ApiError,
     fields::Fields,
 };
+use crate::exchange::outbox::Outbox;
 use crate::store::{Outgoing, StoreError, Study, StudyStore, disk::DiskStore};
 
 pub use drafting::run as draft_studies;
@@ -44,10 +46,12 @@ pub struct Studies {
     pub findings: bool,
     /// Days after which signed studies are removed, if any.
     pub keep_days: Option<u32>,
+    /// Where reports go, and the font of their PDFs.
+    pub outbox: Option<Arc<Outbox>>,
 }
 
 /// Paths of studies, with the methods they take.
-pub(super) const STUDY_ROUTES: [(&str, &str); 12] = [
+pub(super) const STUDY_ROUTES: [(&str, &str); 16] = [
     ("GET", "/v1/account"),
     ("POST", "/v1/worklist"),
     ("POST", "/v1/worklist.csv"),
@@ -59,11 +63,15 @@ pub(super) const STUDY_ROUTES: [(&str, &str); 12] = [
     ("POST", "/v1/studies/{id}/sign"),
     ("POST", "/v1/studies/{id}/ask"),
     ("GET", "/v1/studies/{id}/report.docx"),
+    ("GET", "/v1/studies/{id}/report.pdf"),
+    ("GET", "/v1/studies/{id}/report.sr"),
+    ("GET", "/v1/studies/{id}/report.fhir"),
+    ("GET", "/v1/studies/{id}/report.hl7"),
     ("POST", "/v1/studies/{id}/delete"),
 ];
 
 /// Forms in which a report can be had at `/v1/studies/{id}/report.FORM`.
-pub(super) const EXPORTS: [&str; 1] = ["docx"];
+pub(super) const EXPORTS: [&str; 5] = ["docx", "pdf", "sr", "fhir", "hl7"];
 
 /// Routes of studies.
 pub(super) fn routes() -> Router<Arc<App>> {
@@ -79,12 +87,19 @@ pub(super) fn routes() -> Router<Arc<App>> {
         .route("/v1/studies/{id}/sign", post(report::sign))
         .route("/v1/studies/{id}/ask", post(drafting::ask_more))
         .route("/v1/studies/{id}/report.docx", get(export::docx))
+        .route("/v1/studies/{id}/report.pdf", get(outgoing_forms::pdf_file))
+        .route("/v1/studies/{id}/report.sr", get(outgoing_forms::sr_file))
+        .route(
+            "/v1/studies/{id}/report.fhir",
+            get(outgoing_forms::fhir_file),
+        )
+        .route("/v1/studies/{id}/report.hl7", get(outgoing_forms::hl7_file))
         .route("/v1/studies/{id}/delete", post(report::delete))
 }
 
 /// What is to be sent out about a study as it is now; part of the change that drafts or signs it.
-pub(super) fn outgoing(_study: &Study, _version: u32) -> Vec<Outgoing> {
-    Vec::new()
+pub(super) fn outgoing(outbox: Option<&Outbox>, study: &Study, version: u32) -> Vec<Outgoing> {
+    outbox.map_or_else(Vec::new, |outbox| outbox.outgoing(study, version))
 }
 
 impl App {

@@ -112,6 +112,7 @@ pub(super) async fn sign(
         }
     };
     let actor = identity.actor(Some(&name));
+    let outbox = app.studies()?.outbox.clone();
     let study = with_store(&app, move |store| {
         store.change(&id, "sign", &actor, &mut |study| {
             unchanged(study, expected)?;
@@ -137,7 +138,7 @@ pub(super) async fn sign(
             study.state = StudyState::Signed;
             study.edited = None;
             let version = u32::try_from(study.signed.len()).unwrap_or(u32::MAX);
-            let sent = outgoing(study, version);
+            let sent = outgoing(outbox.as_deref(), study, version);
             study.outbox.extend(sent);
             Ok(())
         })
