@@ -124,7 +124,7 @@ fn service(url: &str, flag: &str) -> Result<String> {
     }
     #[cfg(not(feature = "tls"))]
     if url.starts_with("https://") {
-        bail!("this program was built without `tls`; build it with `--features tls`");
+        anyhow::bail!("this program was built without `tls`; build it with `--features tls`");
     }
     Ok(url.trim_end_matches('/').to_owned())
 }
