@@ -103,11 +103,13 @@ fn completions_are_scripts_of_zsh_and_fish() {
 /// What bash would offer after the words typed.
 #[test]
 fn bash_completes_an_option() {
-    let script = completions("bash");
+    let folder = tempdir().unwrap();
+    let script = folder.path().join("completions.bash");
+    fs::write(&script, completions("bash")).unwrap();
     let question = "COMP_WORDS=(xray-qwen3vl train --memory-b); COMP_CWORD=2; \
                     _xray__qwen3vl xray-qwen3vl --memory-b train; echo \"${COMPREPLY[@]}\"";
     let output = Command::new("bash")
-        .args(["-c", &format!("{script}\n{question}")])
+        .args(["-c", &format!("source '{}'\n{question}", script.display())])
         .output()
         .unwrap();
     let answer = String::from_utf8_lossy(&output.stdout);

@@ -1,8 +1,8 @@
 //! The flags of `serve` by which studies come in and reports go out, and the threads that do it.
 
 use std::{
-    net::{SocketAddr, TcpListener},
-    path::PathBuf,
+    net::{IpAddr, SocketAddr, TcpListener},
+    path::{Path, PathBuf},
     sync::{
         Arc,
         atomic::{AtomicBool, Ordering},
@@ -14,7 +14,6 @@ use std::{
 use anyhow::{Context, Result};
 use clap::Args;
 
-use super::args::ServeArgs;
 use crate::{
     commands::usage::UsageError,
     exchange::{
@@ -314,16 +313,17 @@ fn repeat(
 }
 
 impl Exchange {
-    /// Starts what the flags ask for.
+    /// Starts what the flags ask for, with DICOM at `host`, over TLS if there are a certificate and a key.
     ///
     /// # Errors
     /// A port or folder that cannot be used.
     pub(super) fn start(
-        args: &ServeArgs,
+        flags: &ExchangeArgs,
+        host: IpAddr,
+        tls: Option<(&Path, &Path)>,
         studies: &Studies,
         limits: &DecodeLimits,
     ) -> Result<Self> {
-        let flags = &args.exchange;
         let stop = Arc::new(AtomicBool::new(false));
         let bytes = flags.max_film_mib << 20;
         let limits = DecodeLimits {
@@ -334,7 +334,7 @@ impl Exchange {
         let mut threads = Vec::new();
         let mut receiver = None;
         if let Some((title, port)) = flags.listening()? {
-            let address = SocketAddr::new(args.host, port);
+            let address = SocketAddr::new(host, port);
             let listener = TcpListener::bind(address).with_context(|| {
                 format!("--dicom cannot listen at {address}; is the port in use?")
             })?;
@@ -346,16 +346,13 @@ impl Exchange {
                 max_object_bytes: bytes,
                 max_memory_bytes: 2 * bytes,
                 #[cfg(feature = "tls")]
-                tls: match (&args.tls_cert, &args.tls_key) {
-                    (Some(certificate), Some(key)) => {
-                        Some(crate::serve::tls::dicom_config(certificate, key)?)
-                    }
-                    _ => None,
-                },
+                tls: tls
+                    .map(|(certificate, key)| crate::serve::tls::dicom_config(certificate, key))
+                    .transpose()?,
             };
             let started = Receiver::start(listener, options, intake.clone())?;
             eprintln!("DICOM: `{title}` at {}", started.address());
-            if !args.host.is_loopback() && flags.dicom_allow.is_empty() {
+            if !host.is_loopback() && flags.dicom_allow.is_empty() {
                 eprintln!(
                     "warning: everybody who reaches {} can send films; --dicom-allow names those who may",
                     started.address()

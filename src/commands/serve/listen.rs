@@ -141,7 +141,12 @@ impl Serve {
         }
         let exchange = match app.kept_studies() {
             Some(studies) => Some(Exchange::start(
-                &self.args,
+                &self.args.exchange,
+                self.args.host,
+                self.args
+                    .tls_cert
+                    .as_deref()
+                    .zip(self.args.tls_key.as_deref()),
                 studies,
                 &app.config.decode_limits(),
             )?),
