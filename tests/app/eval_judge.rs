@@ -7,6 +7,7 @@ use std::{
     path::Path,
     sync::{Arc, Mutex},
     thread,
+    time::Duration,
 };
 
 use serde_json::{Value, json};
@@ -354,6 +355,62 @@ fn a_judge_with_the_habits_of_language_models_is_read() {
     }
     assert!(lost <= 9, "{check}");
     assert!(stdout.contains("9 unreadable"), "{stdout}");
+}
+
+#[test]
+fn a_slow_server_that_limits_the_rate_and_knows_other_parameters_is_waited_for() {
+    // Like a model that reasons: another name for the limit of tokens, no temperature, reasoning that is cut off once,
+    // four refusals for the rate in a row, and every answer late.
+    let judge = Judge::new(|number, body| {
+        thread::sleep(Duration::from_millis(300));
+        let bad = |text: &str| (400, json!({"error": {"message": text}}).to_string());
+        if body.get("max_tokens").is_some() {
+            return bad(
+                "Unsupported parameter: 'max_tokens'. Use 'max_completion_tokens' instead.",
+            );
+        }
+        if body.get("temperature").is_some() {
+            return bad("Unsupported value: 'temperature' does not support 0 with this model.");
+        }
+        match number {
+            2..=5 => (
+                429,
+                "{\"error\":{\"code\":\"rate_limit_exceeded\"}}".to_owned(),
+            ),
+            6 => (
+                200,
+                chat("<think>先写草稿：{\"errors\":[],\"matched\":[\"心影\"]}，再看"),
+            ),
+            _ => judged(body),
+        }
+    });
+    let folder = tempdir().unwrap();
+    predictions(folder.path());
+    let url = judge.url();
+    let args = ["--judge", &url, "--judge-concurrency", "1"];
+    let (code, _, stderr, json) = eval(folder.path(), &args);
+    assert_eq!(code, 0, "{stderr}");
+    let found = &json["judge"];
+    assert_eq!(
+        (&found["judged"], &found["unreadable"]),
+        (&json!(2), &json!(1))
+    );
+    assert_eq!(
+        (&found["failed"], &found["schema"]),
+        (&json!(0), &json!(true))
+    );
+    let told = json["warnings"].to_string();
+    assert!(told.contains("reasoning did not come to an end"), "{told}");
+    // A server that never answers ends the run after the time that is given.
+    let silent = Judge::new(|_, _| {
+        thread::sleep(Duration::from_secs(5));
+        (200, String::new())
+    });
+    let url = silent.url();
+    let args = ["--judge", &url, "--judge-timeout-seconds", "1"];
+    let (code, _, stderr, _) = eval(folder.path(), &args);
+    assert_eq!(code, 1, "{stderr}");
+    assert!(stderr.contains("timeout"), "{stderr}");
 }
 
 #[test]

@@ -122,9 +122,9 @@ fn are_those_of_infer(form: &str) {
         assert!(of_answer <= 8);
         assert!(server.metric("xray_generated_tokens_total") >= of_answer + 2 * 16);
     }
-    // Reports are drawn from kept keys and values of the prompt, which this server has none of.
-    let encoded = if form == "sum" { 1 } else { 17 };
-    assert_eq!(server.metric("xray_images_encoded_total"), encoded);
+    // Drawn reports go on from the prompt of their own answer, and nothing is kept for the next request.
+    assert_eq!(server.metric("xray_images_encoded_total"), 1);
+    assert_eq!(server.metric("xray_cache_kept_tokens"), 0);
     server.wait_metric("xray_cache_running_tokens", 0);
 
     // As a stream they come with the end; an answer without them is the same.

@@ -379,6 +379,73 @@ mod tests {
         FindingEvaluation::new(&pairs, Policies::default())
     }
 
+    #[derive(serde::Deserialize)]
+    struct EdgeCases {
+        cases: Vec<EdgeCase>,
+        pairs: Vec<EdgePair>,
+    }
+
+    #[derive(serde::Deserialize)]
+    struct EdgeCase {
+        name: String,
+        truth: Vec<BTreeMap<Finding, Status>>,
+        answer: Vec<BTreeMap<Finding, Status>>,
+        scores: BTreeMap<String, f64>,
+    }
+
+    #[derive(serde::Deserialize)]
+    struct EdgePair {
+        name: String,
+        truth: Vec<BTreeMap<Finding, Status>>,
+        answer: Vec<BTreeMap<Finding, Status>>,
+        other: Vec<BTreeMap<Finding, Status>>,
+        score: String,
+        difference: f64,
+        p: f64,
+    }
+
+    #[test]
+    fn scores_without_cases_and_of_equal_systems_equal_the_reference_implementations() {
+        let text = include_str!("../../../tests/fixtures/metrics/findings_edges.json");
+        let edges: EdgeCases = serde_json::from_str(text).expect("the fixture");
+        let bootstrap = Bootstrap {
+            resamples: 10,
+            ..Bootstrap::default()
+        };
+        for case in &edges.cases {
+            let scores = evaluation(&case.truth, &case.answer)
+                .intervals(&bootstrap)
+                .expect("there are studies");
+            for (name, expected) in &case.scores {
+                let found = scores.iter().find(|(other, _)| other == name);
+                let value = found.map_or(f64::NAN, |(_, score)| score.value);
+                // Where nothing counts, ours is no number and the reference's zero_division = 0 a nought.
+                let nought = if value.is_nan() { 0.0 } else { value };
+                assert!(
+                    found.is_some() && (nought - expected).abs() < 1e-6,
+                    "{}, {name}: {value}, expected {expected}",
+                    case.name
+                );
+            }
+        }
+        for pair in &edges.pairs {
+            let compared = evaluation(&pair.truth, &pair.answer)
+                .compare(&evaluation(&pair.truth, &pair.other), &bootstrap)
+                .expect("the same studies");
+            let found = compared.iter().find(|(name, _)| *name == pair.score);
+            let found = found.expect("the score").1;
+            assert!(
+                (found.difference.value - pair.difference).abs() < 1e-6
+                    && (found.p - pair.p).abs() < 1e-6,
+                "{}, {}: {found:?}, expected {} and p {}",
+                pair.name,
+                pair.score,
+                pair.difference,
+                pair.p
+            );
+        }
+    }
+
     #[test]
     fn averages_and_randomisation_equal_the_reference_implementations() {
         let text = include_str!("../../../tests/fixtures/metrics/findings.json");

@@ -80,6 +80,8 @@ struct SidesFile {
     left: Vec<String>,
     right: Vec<String>,
     ignored: Vec<String>,
+    /// Says which side has more of what both have.
+    emphasis: Option<String>,
 }
 
 #[derive(Deserialize)]
@@ -171,6 +173,8 @@ pub(super) struct WordTable {
     pub(super) continues: Regex,
     /// Groups: ignored, bilateral, left, right.
     pub(super) sides: Regex,
+    /// Says which side has more of what both have.
+    pub(super) emphasis: Option<Regex>,
     /// Groups: trace, mild, moderate, severe.
     pub(super) severities: Regex,
     /// Groups: none, upper, middle, lower; absent where the table names no zones.
@@ -234,6 +238,11 @@ impl WordTable {
                 [&sides.ignored, &sides.bilateral, &sides.left, &sides.right],
                 "`sides`",
             )?,
+            emphasis: sides
+                .emphasis
+                .as_deref()
+                .map(|pattern| compile(pattern, "`sides.emphasis`"))
+                .transpose()?,
             severities: groups(
                 [
                     &degrees.trace,

@@ -97,7 +97,8 @@ impl Headings {
                 let words = words.join("|");
                 [
                     format!("[【\\[《<](?P<b{n}>{words})[】\\]》>]\\s*[:：]?"),
-                    format!("(?P<c{n}>{words})\\s*[:：]"),
+                    // A heading that was pasted twice is one.
+                    format!("(?P<c{n}>(?:{words}){{1,2}})\\s*[:：]"),
                 ]
             })
             .collect();

@@ -1,11 +1,6 @@
 //! Text as the tables expect it: half-width, simplified; sentences of it.
 
-use std::{
-    borrow::Cow,
-    collections::{BTreeMap, HashMap},
-    ops::Range,
-    sync::LazyLock,
-};
+use std::{borrow::Cow, collections::BTreeMap, ops::Range, sync::LazyLock};
 
 use regex::Regex;
 
@@ -18,15 +13,29 @@ use super::{
 const TRADITIONAL: &str = "腫肿塊块結结節节氣气積积縱纵縮缩擴扩張张側侧雙双兩两號号見见異异現现顯显變变邊边緣缘陰阴癥症狀状實实質质間间網网條条線线點点鈣钙陳陈舊旧惡恶轉转術术後后導导監监護护儀仪釘钉鋼钢鉗钳絲丝夾夹內内體体動动\
     脈脉彎弯關关癒愈閉闭損损壞坏斷断開开頭头頸颈脅胁鎖锁鎮镇無无與与為为於于從从這这個个們们會会來来對对時时說说還还沒没過过進进遠远處处僅仅發发診诊檢检觀观圖图顆颗葉叶紋纹亂乱強强減减輕轻嚴严應应該该給给\
     複复復复療疗藥药論论較较稱称數数據据寬宽長长緊紧鬆松圓圆銳锐鈍钝滲渗潤润濃浓淺浅濕湿癆痨纖纤維维壓压擠挤徵征幾几腦脑膽胆腎肾臟脏腸肠門门靜静傷伤創创傾倾隨随訪访臨临牀床醫医師师請请議议鏡镜鑑鉴別别難难\
-    確确認认證证懷怀慮虑團团狹狭類类遺遗餘余滿满佔占約约層层彌弥黏粘連连纍累壺壶廣广闊阔橫横達达環环雲云霧雾樣样顏颜齊齐勻匀規规則则當当歲岁婦妇產产嬰婴兒儿齡龄報报瀰弥適适區区盤盘裝装製制屬属鄰邻漸渐遲迟殘残漿浆";
+    確确認认證证懷怀慮虑團团狹狭類类遺遗餘余滿满佔占約约層层彌弥黏粘連连纍累壺壶廣广闊阔橫横達达環环雲云霧雾樣样顏颜齊齐勻匀規规則则當当歲岁婦妇產产嬰婴兒儿齡龄報报瀰弥適适區区盤盘裝装製制屬属鄰邻漸渐遲迟殘残漿浆\
+    電电蹤踪衛卫繞绕簡简輪轮軟软組组織织輸输針针鈦钛銀银極极圍围擬拟懸悬絡络純纯級级細细終终統统綜综縫缝總总繼继續续職职聯联脫脱膠胶膚肤蓋盖衝冲補补裡里裏里計计調调識识貫贯貼贴資资軸轴載载輔辅選选釐厘陽阳隱隐雜杂離离響响頂顶順顺預预額额風风飽饱驗验竇窦膿脓瘍疡瘺瘘\
+    皺皱盡尽穩稳納纳綠绿聲声脹胀臥卧舉举虛虚蟲虫觸触記记許许評评詳详誤误諸诸豐丰負负賁贲贅赘趨趋軀躯輻辐迴回週周遊游運运釋释錯错陣阵險险項项頻频題题飛飞魚鱼黃黄鬱郁嚢囊佈布併并倂并偽伪償偿優优價价凈净淨净劃划劑剂勞劳勢势協协卻却厲厉參参員员啓启喚唤嗎吗嗆呛園园國国\
+    執执塗涂墊垫壩坝夠够奪夺孫孙學学寧宁審审尋寻專专將将屆届島岛峽峡嶄崭帶带幹干廢废廳厅彈弹徑径態态慣惯戰战戶户掃扫揚扬換换搖摇搶抢摺折撐撑撥拨擇择攝摄攜携敗败敘叙斂敛晝昼曆历東东桿杆梔栀棄弃棗枣構构槍枪標标樞枢橋桥機机櫃柜權权歐欧歸归殼壳毀毁氫氢決决況况淚泪測测\
+    渾浑湯汤準准溝沟溫温滯滞滾滚漲涨潛潜澀涩灣湾災灾煙烟熱热燒烧營营爭争牽牵犧牺獲获瑣琐畫画痙痉瘋疯癱瘫癢痒盜盗盧卢眾众碼码礙碍禮礼稟禀種种窩窝窮穷競竞筆笔範范築筑篩筛籠笼粵粤糞粪紀纪紙纸絕绝綁绑緩缓緻致縣县繫系罰罚羣群義义習习聖圣聽听肅肃膩腻臉脸興兴舖铺艱艰藝艺\
+    蘇苏虧亏蝕蚀衆众親亲訊讯討讨訓训訴诉詢询試试話话誌志誰谁課课諒谅談谈譯译讀读讓让豎竖貧贫責责貴贵費费賴赖贏赢趕赶跡迹踐践躍跃車车輛辆辦办辭辞農农遞递遷迁邁迈鄉乡鄭郑醬酱鉀钾銷销鋒锋鋪铺錄录錐锥錶表鍊链鎳镍鐵铁鑄铸閃闪閏闰閒闲閱阅闌阑隊队階阶際际隻只雛雏靈灵頁页\
+    須须頗颇領领頰颊顎颚顫颤顱颅飄飘餅饼養养駕驾騎骑驅驱驚惊骯肮髮发鬚须鮮鲜鹼碱麥麦黨党齒齿";
 
-/// Simplified form by traditional character.
-static SIMPLIFIED: LazyLock<HashMap<char, char>> = LazyLock::new(|| {
+/// The block of the common characters.
+const CHARACTERS: Range<u32> = 0x4E00..0xA000;
+
+/// Simplified form of each of [`CHARACTERS`], in their order: one look-up a character, where a map would hash each.
+static SIMPLIFIED: LazyLock<Vec<char>> = LazyLock::new(|| {
+    let mut forms: Vec<char> = CHARACTERS.filter_map(char::from_u32).collect();
     let letters: Vec<char> = TRADITIONAL.chars().filter(|c| !c.is_whitespace()).collect();
-    letters
-        .chunks_exact(2)
-        .map(|pair| (pair[0], pair[1]))
-        .collect()
+    for pair in letters.chunks_exact(2) {
+        if let Some(form) =
+            forms.get_mut((u32::from(pair[0]).wrapping_sub(CHARACTERS.start)) as usize)
+        {
+            *form = pair[1];
+        }
+    }
+    forms
 });
 
 /// Misspelt words of a table, each with the word that is meant, which has as many bytes: places in a text stay what
@@ -122,12 +131,22 @@ impl<'t> Normalised<'t> {
 
 fn normal(c: char) -> char {
     match c {
-        '０'..='９' | 'Ａ'..='Ｚ' | 'ａ'..='ｚ' | '％' | '．' => {
-            char::from_u32(u32::from(c) - 0xFEE0).unwrap_or(c)
-        }
+        '０'..='９'
+        | 'Ａ'..='Ｚ'
+        | 'ａ'..='ｚ'
+        | '％'
+        | '．'
+        | '＋'
+        | '－'
+        | '＜'
+        | '＞'
+        | '／' => char::from_u32(u32::from(c) - 0xFEE0).unwrap_or(c),
         '\u{3000}' => ' ',
-        c if c < '\u{3400}' => c,
-        c => SIMPLIFIED.get(&c).copied().unwrap_or(c),
+        c => {
+            let place = u32::from(c).checked_sub(CHARACTERS.start);
+            let form = place.and_then(|place| SIMPLIFIED.get(place as usize));
+            form.copied().unwrap_or(c)
+        }
     }
 }
 

@@ -11,7 +11,10 @@ use std::{
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
-use super::{error::JudgeError, prompt::body};
+use super::{
+    error::JudgeError,
+    prompt::{Accepted, body},
+};
 
 #[derive(Serialize, Deserialize)]
 struct Line {
@@ -75,7 +78,7 @@ impl Cache {
 
     /// The key of a pair: another prompt, model or report is another question.
     pub(super) fn key(model: &str, reference: &str, answer: &str) -> String {
-        let asked = body(model, reference, answer, true).to_string();
+        let asked = body(model, reference, answer, Accepted::ALL).to_string();
         let digest = Sha256::digest(asked.as_bytes());
         digest.iter().map(|byte| format!("{byte:02x}")).collect()
     }

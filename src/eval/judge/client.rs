@@ -1,7 +1,7 @@
 //! Requests to a judge, with a limit on time, tried again where that may help.
 
 use std::{
-    sync::atomic::{AtomicBool, Ordering},
+    sync::{Mutex, PoisonError},
     thread,
     time::Duration,
 };
@@ -9,10 +9,16 @@ use std::{
 use serde_json::Value;
 use ureq::Agent;
 
-use super::{error::JudgeError, prompt::body};
+use super::{
+    error::JudgeError,
+    prompt::{Accepted, MOST_TOKENS, body},
+};
 
 /// Requests for one pair before it is given up.
 const ATTEMPTS: u32 = 4;
+
+/// The same where the server limits their rate: limits are often by the minute.
+const LIMITED_ATTEMPTS: u32 = 7;
 
 /// Wait after the first failure; it doubles.
 const FIRST_WAIT: Duration = Duration::from_millis(500);
@@ -29,7 +35,7 @@ pub struct Endpoint {
     base: String,
     key: Option<String>,
     model: String,
-    with_schema: AtomicBool,
+    accepted: Mutex<Accepted>,
 }
 
 /// Why one request came to nothing.
@@ -43,8 +49,9 @@ pub(super) enum Failure {
 
 enum Answer {
     Text(String),
-    Again(String, Option<Duration>),
-    WithoutSchema,
+    Again(String),
+    Limited(String, Option<Duration>),
+    Without(Accepted),
     Final(String),
 }
 
@@ -87,7 +94,7 @@ impl Endpoint {
             base: base.to_owned(),
             key,
             model: String::new(),
-            with_schema: AtomicBool::new(true),
+            accepted: Mutex::new(Accepted::ALL),
         };
         endpoint.model = match model {
             Some(model) => model.to_owned(),
@@ -108,7 +115,11 @@ impl Endpoint {
 
     /// Whether the server holds answers to a schema.
     pub fn holds_schema(&self) -> bool {
-        self.with_schema.load(Ordering::Relaxed)
+        self.accepted().schema
+    }
+
+    fn accepted(&self) -> Accepted {
+        *self.accepted.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn only_model(&self) -> Result<String, JudgeError> {
@@ -151,33 +162,39 @@ impl Endpoint {
     /// The text of the answer about one pair.
     pub(super) fn ask(&self, reference: &str, answer: &str) -> Result<String, Failure> {
         let url = format!("{}/chat/completions", self.base);
-        let mut reason = String::new();
-        let mut wait = FIRST_WAIT;
-        let mut attempt = 0;
-        while attempt < ATTEMPTS {
-            if attempt > 0 {
-                thread::sleep(wait);
-                wait = FIRST_WAIT * 2_u32.pow(attempt);
-            }
-            let with_schema = self.holds_schema();
-            let body = body(&self.model, reference, answer, with_schema);
-            match self.send(&url, &body, with_schema) {
+        let mut reason;
+        let (mut attempt, mut most) = (0, ATTEMPTS);
+        loop {
+            let accepted = self.accepted();
+            let body = body(&self.model, reference, answer, accepted);
+            let named = match self.send(&url, &body, accepted) {
                 Answer::Text(text) => return Ok(text),
-                Answer::WithoutSchema => self.with_schema.store(false, Ordering::Relaxed),
-                Answer::Again(why, named) => {
+                Answer::Without(left) => {
+                    *self.accepted.lock().unwrap_or_else(PoisonError::into_inner) = left;
+                    continue;
+                }
+                Answer::Again(why) => {
                     reason = why;
-                    attempt += 1;
-                    wait = named.map_or(wait, |named| named.min(LONGEST_WAIT));
+                    None
+                }
+                Answer::Limited(why, named) => {
+                    (reason, most) = (why, LIMITED_ATTEMPTS);
+                    named
                 }
                 Answer::Final(reason) => {
                     return Err(Failure::Final(JudgeError::Answer { url, reason }));
                 }
+            };
+            attempt += 1;
+            if attempt >= most {
+                return Err(Failure::Exhausted(reason));
             }
+            let doubled = FIRST_WAIT * 2_u32.pow(attempt - 1);
+            thread::sleep(named.unwrap_or(doubled).min(LONGEST_WAIT));
         }
-        Err(Failure::Exhausted(reason))
     }
 
-    fn send(&self, url: &str, body: &Value, with_schema: bool) -> Answer {
+    fn send(&self, url: &str, body: &Value, accepted: Accepted) -> Answer {
         let mut request = self
             .agent
             .post(url)
@@ -187,7 +204,7 @@ impl Endpoint {
         }
         let response = match request.send(body.to_string()) {
             Ok(response) => response,
-            Err(cause) => return Answer::Again(cause.to_string(), None),
+            Err(cause) => return Answer::Again(cause.to_string()),
         };
         let status = response.status().as_u16();
         let named = response
@@ -197,34 +214,41 @@ impl Endpoint {
             .map(Duration::from_secs);
         let text = match text_of(response) {
             Ok(text) => text,
-            Err(reason) => return Answer::Again(reason, None),
+            Err(reason) => return Answer::Again(reason),
         };
         match status {
             200 => match serde_json::from_str::<Value>(&text) {
-                Ok(answer) => match answer["choices"][0]["message"]["content"].as_str() {
-                    Some(content) => Answer::Text(content.to_owned()),
-                    // A refusal, or only reasoning: an answer, though none that can be read.
-                    None if answer["choices"][0].is_object() => {
-                        let refusal = answer["choices"][0]["message"]["refusal"].as_str();
-                        Answer::Text(refusal.unwrap_or_default().to_owned())
-                    }
-                    None => Answer::Final(format!("no `choices` in its answer: {}", short(&text))),
+                Ok(answer) => match &answer["choices"][0] {
+                    choice if choice.is_object() => Answer::Text(content_of(choice)),
+                    _ => Answer::Final(format!("no `choices` in its answer: {}", short(&text))),
                 },
-                Err(cause) => Answer::Again(format!("its answer is no JSON: {cause}"), None),
+                Err(cause) => Answer::Again(format!("its answer is no JSON: {cause}")),
             },
-            400 | 422 if with_schema && mentions_schema(&text) => Answer::WithoutSchema,
-            408 | 425 | 429 | 500..=599 => {
-                Answer::Again(format!("status {status}: {}", short(&text)), named)
-            }
+            400 | 422 => match accepted.without_refused(&text) {
+                Some(left) => Answer::Without(left),
+                None => Answer::Final(format!("status {status}: {}", short(&text))),
+            },
+            429 | 503 => Answer::Limited(format!("status {status}: {}", short(&text)), named),
+            408 | 425 | 500..=599 => Answer::Again(format!("status {status}: {}", short(&text))),
             _ => Answer::Final(format!("status {status}: {}", short(&text))),
         }
     }
 }
 
-fn mentions_schema(text: &str) -> bool {
-    ["response_format", "json_schema", "guided"]
-        .iter()
-        .any(|word| text.contains(word))
+/// The text of a choice: an answer, or what stands in its place, though that cannot be read as a judgement.
+fn content_of(choice: &Value) -> String {
+    let message = &choice["message"];
+    match message["content"]
+        .as_str()
+        .filter(|content| !content.is_empty())
+    {
+        Some(content) => content.to_owned(),
+        // Only reasoning, which took all the tokens there are.
+        None if choice["finish_reason"] == "length" => {
+            format!("(no answer within {MOST_TOKENS} tokens)")
+        }
+        None => message["refusal"].as_str().unwrap_or_default().to_owned(),
+    }
 }
 
 fn text_of(response: ureq::http::Response<ureq::Body>) -> Result<String, String> {
@@ -239,7 +263,19 @@ fn short(text: &str) -> String {
 
 #[cfg(test)]
 mod tests {
+    use serde_json::json;
+
     use super::*;
+
+    #[test]
+    fn what_stands_in_the_place_of_an_answer_is_named() {
+        let refused = json!({"message": {"content": null, "refusal": "no"}});
+        assert_eq!(content_of(&refused), "no");
+        let cut = json!({"finish_reason": "length",
+            "message": {"content": "", "reasoning_content": "先看"}});
+        assert!(content_of(&cut).contains("2048 tokens"));
+        assert_eq!(content_of(&json!({"message": {"content": "{}"}})), "{}");
+    }
 
     #[test]
     fn an_address_is_with_scheme_and_host() {

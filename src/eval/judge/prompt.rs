@@ -102,6 +102,10 @@ impl Judgement {
     /// What is wrong with it, as a sentence.
     pub(super) fn read(text: &str) -> Result<Self, String> {
         let text = text.rsplit("</think>").next().unwrap_or(text).trim();
+        // A draft in the middle of reasoning is no judgement.
+        if text.starts_with("<think>") {
+            return Err("its reasoning did not come to an end".to_owned());
+        }
         let mut found = None;
         let mut fault = None;
         let mut at = 0;
@@ -166,19 +170,64 @@ fn schema() -> Value {
     })
 }
 
-/// The body of a request; `with_schema` where the server can hold an answer to one.
-pub(super) fn body(model: &str, reference: &str, answer: &str, with_schema: bool) -> Value {
+/// Tokens that reasoning and judgement may take.
+pub(super) const MOST_TOKENS: u32 = 2048;
+
+/// What a server takes of the parameters of a request; not every one takes all.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Accepted {
+    /// Holds the answer to a schema.
+    pub(super) schema: bool,
+    /// `temperature`.
+    pub(super) temperature: bool,
+    /// `max_tokens`, which newer models of OpenAI know as `max_completion_tokens`.
+    pub(super) max_tokens: bool,
+}
+
+impl Accepted {
+    /// All of them.
+    pub(super) const ALL: Self = Self {
+        schema: true,
+        temperature: true,
+        max_tokens: true,
+    };
+
+    /// Without what the message of a refusal names; `None` where it names nothing that can be left out.
+    pub(super) fn without_refused(self, message: &str) -> Option<Self> {
+        let names = |words: &[&str]| words.iter().any(|word| message.contains(word));
+        let mut left = self;
+        if self.schema && names(&["response_format", "json_schema", "guided"]) {
+            left.schema = false;
+        } else if self.max_tokens && names(&["max_completion_tokens"]) {
+            left.max_tokens = false;
+        } else if self.temperature && names(&["temperature"]) {
+            left.temperature = false;
+        } else {
+            return None;
+        }
+        Some(left)
+    }
+}
+
+/// The body of a request, with what the server takes.
+pub(super) fn body(model: &str, reference: &str, answer: &str, accepted: Accepted) -> Value {
     let reports = format!("参考报告：\n{reference}\n\n待评报告：\n{answer}");
     let mut body = json!({
         "model": model,
-        "temperature": 0,
-        "max_tokens": 2048,
         "messages": [
             { "role": "system", "content": TASK },
             { "role": "user", "content": reports },
         ],
     });
-    if with_schema {
+    let tokens = match accepted.max_tokens {
+        true => "max_tokens",
+        false => "max_completion_tokens",
+    };
+    body[tokens] = MOST_TOKENS.into();
+    if accepted.temperature {
+        body["temperature"] = 0.into();
+    }
+    if accepted.schema {
         body["response_format"] = json!({
             "type": "json_schema",
             "json_schema": { "name": "judgement", "strict": true, "schema": schema() },
@@ -220,6 +269,7 @@ mod tests {
             "{\"errors\":[{\"kind\":\"style\",\"significant\":true}],\"matched\":[]}",
             "{\"errors\":[{\"kind\":\"false_finding\",\"significant\":true,\"te",
             "抱歉，我不能评价医学报告。",
+            "<think>先写草稿：{\"errors\":[],\"matched\":[]}，再看侧别",
         ] {
             assert!(Judgement::read(text).is_err(), "{text}");
         }
@@ -231,13 +281,31 @@ mod tests {
             assert_eq!(json!(kind), json!(kind.key()));
             assert!(TASK.contains(kind.key()));
         }
-        let asked = body("m", "甲", "乙", true);
+        let asked = body("m", "甲", "乙", Accepted::ALL);
         assert_eq!(asked["temperature"], 0);
+        assert_eq!(asked["max_tokens"], MOST_TOKENS);
         assert_eq!(asked["response_format"]["type"], "json_schema");
-        assert!(
-            body("m", "甲", "乙", false)
-                .get("response_format")
-                .is_none()
+    }
+
+    #[test]
+    fn what_a_server_refuses_is_left_out() {
+        let mut accepted = Accepted::ALL;
+        for refusal in [
+            "response_format is not supported",
+            "Unsupported parameter: 'max_tokens'. Use 'max_completion_tokens' instead.",
+            "Unsupported value: 'temperature' does not support 0 with this model.",
+        ] {
+            accepted = accepted.without_refused(refusal).expect("less than before");
+        }
+        let asked = body("m", "甲", "乙", accepted);
+        assert_eq!(asked["max_completion_tokens"], MOST_TOKENS);
+        for key in ["temperature", "max_tokens", "response_format"] {
+            assert!(asked.get(key).is_none(), "{key}");
+        }
+        assert_eq!(accepted.without_refused("temperature"), None);
+        assert_eq!(
+            Accepted::ALL.without_refused("the prompt is too long"),
+            None
         );
     }
 }

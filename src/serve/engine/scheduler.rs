@@ -148,6 +148,7 @@ impl<D: DecodeBackend> Worker<D> {
             self.step(&rows);
             self.score();
             self.finish_unloads();
+            self.free_unawaited();
             self.publish();
             self.check_device()?;
         }

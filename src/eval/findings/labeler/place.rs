@@ -109,7 +109,7 @@ impl WordTable {
         let mut sentence = clauses[number].sentence;
         let mut asked = asks(&clauses[number]);
         let before = clauses[..number].iter().rev();
-        before
+        let sided: Vec<(bool, Laterality)> = before
             .take_while(|clause| {
                 if clause.sentence + 1 == sentence && asked && asks(clause) {
                     sentence = clause.sentence;
@@ -117,10 +117,19 @@ impl WordTable {
                 asked &= clause.sentence == sentence;
                 clause.sentence == sentence
             })
-            .find_map(|clause| {
-                let sides = self.sides_in(&report[clause.span.clone()]);
-                sides.last().map(|(_, side)| *side)
+            .filter_map(|clause| {
+                let text = &report[clause.span.clone()];
+                let (_, side) = self.sides_in(text).pop()?;
+                let emphasis = self.emphasis.as_ref();
+                Some((emphasis.is_some_and(|words| words.is_match(text)), side))
             })
+            .collect();
+        // 双上肺结核，左侧为著，部分钙化: more of it on the left, and not only there.
+        let of_both = sided.iter().find(|(emphasis, _)| !emphasis);
+        match (sided.first(), of_both) {
+            (Some((true, _)), Some((_, Laterality::Bilateral))) => Some(Laterality::Bilateral),
+            (nearest, _) => nearest.map(|(_, side)| *side),
+        }
     }
 
     /// Zones named before a finding in its clause, else after it.

@@ -34,7 +34,8 @@ impl<D: DecodeBackend> Worker<D> {
         let arrived = sequence.arrived;
         sequence.slot = Some(root);
         let before = std::mem::replace(&mut sequence.reserved, needed);
-        self.keep(answered, adapter, keys);
+        let prompt = sequence.prompt.clone();
+        self.keep(answered, adapter, &prompt, keys);
         self.release_rows_for(0);
         if self.in_use() > self.limits.cache_tokens {
             self.running[place].reserved = before;

@@ -1,11 +1,12 @@
 //! Room in the batch and in the cache of keys and values: who joins, who grows, who makes way, what is kept.
 
-use std::collections::HashMap;
+use std::{collections::HashMap, sync::Arc};
 
 use super::{BLOCK, Queued, Worker, cost_of};
 use crate::{
     runtime::generate::backend::{AdapterId, DecodeBackend, SlotId},
     serve::engine::{
+        PreparedPrompt,
         scoring::Scoring,
         sequence::{Phase, Sequence},
     },
@@ -195,19 +196,47 @@ impl<D: DecodeBackend> Worker<D> {
         let Some(slot) = sequence.slot else {
             return;
         };
-        self.keep(slot, sequence.adapter, sequence.held_keys());
+        let (adapter, prompt) = (sequence.adapter, sequence.prompt.clone());
+        self.keep(slot, adapter, &prompt, sequence.held_keys());
     }
 
-    /// Keeps the keys and values of the tokens `keys`, or frees them where nothing is kept.
-    pub(super) fn keep(&mut self, slot: SlotId, adapter: AdapterId, keys: Vec<u128>) {
+    /// Keeps the keys and values of the tokens `keys`, `prompt` first, or frees them where nothing is kept. Without a cache of
+    /// prefixes they are kept for the other sequences of their own request, as long as one has not begun.
+    pub(super) fn keep(
+        &mut self,
+        slot: SlotId,
+        adapter: AdapterId,
+        prompt: &Arc<PreparedPrompt>,
+        keys: Vec<u128>,
+    ) {
         let unloading = self.unloads.iter().any(|(id, _)| *id == adapter);
-        if !self.limits.prefix_cache || unloading || keys.is_empty() {
+        let cached = self.limits.prefix_cache;
+        if !(cached || self.is_awaited(Arc::as_ptr(prompt))) || unloading || keys.is_empty() {
             self.free(Some(slot));
             return;
         }
         let cost = cost_of(keys.len());
-        let superfluous = self.prefixes.keep(slot, adapter, keys, cost);
+        let only = (!cached).then(|| Arc::downgrade(prompt));
+        let superfluous = self.prefixes.keep(slot, adapter, keys, cost, only);
         self.free(superfluous);
+    }
+
+    /// Whether a sequence of this prompt has not begun.
+    fn is_awaited(&self, prompt: *const PreparedPrompt) -> bool {
+        let waiting = self.queue.iter().map(|queued| &queued.sequence);
+        let mut waiting = waiting.chain(self.running.iter().filter(|one| one.slot.is_none()));
+        waiting.any(|one| std::ptr::eq(Arc::as_ptr(&one.prompt), prompt))
+    }
+
+    /// Frees what was kept for sequences of one request that have all begun.
+    pub(super) fn free_unawaited(&mut self) {
+        if self.limits.prefix_cache || self.prefixes.len() == 0 {
+            return;
+        }
+        let mut prefixes = std::mem::take(&mut self.prefixes);
+        let freed = prefixes.evict_unawaited(|only| self.is_awaited(only.as_ptr()));
+        self.prefixes = prefixes;
+        self.free(freed);
     }
 }
 

@@ -1,6 +1,6 @@
 //! The device's calls for answers: prompts in chunks, one token more for each sequence of the batch, and what comes of them.
 
-use std::{collections::HashMap, time::Instant};
+use std::{collections::HashMap, sync::Arc, time::Instant};
 
 use rayon::prelude::*;
 
@@ -150,17 +150,21 @@ impl<D: DecodeBackend> Worker<D> {
         let keys = sequence.keys();
         // The last token always goes through the model: its logits are wanted.
         let usable = &keys[..keys.len() - 1];
-        let shares = self.limits.prefix_cache && !sequence.wants_prompt_logits();
+        let prompt = sequence.prompt.clone();
+        let shares = !sequence.wants_prompt_logits();
         let kept = if shares {
-            self.prefixes.find(adapter, usable)
+            self.prefixes.find(adapter, &prompt, usable)
         } else {
             None
         };
+        // Without a cache of prefixes the sequences of one request still share theirs: its image is encoded once.
+        let shares_all = self.limits.prefix_cache;
+        let shares_with = |other: &Sequence| shares_all || Arc::ptr_eq(&other.prompt, &prompt);
         // A sequence still running may share more: other answers to the same question, for one.
         let live = self
             .running
             .iter()
-            .filter(|other| other.adapter == adapter && shares)
+            .filter(|other| other.adapter == adapter && shares && shares_with(other))
             .filter_map(|other| match (other.phase, other.slot) {
                 (Phase::Decode(_) | Phase::Score, Some(slot)) => {
                     Some((slot, shared_prefix(other.held_prompt(), usable)))

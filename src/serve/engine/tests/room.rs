@@ -256,3 +256,31 @@ fn one_client_does_not_fill_the_queue() {
     assert!(engine.reserve(1, 88).is_ok());
     assert!(engine.queue.by_client().is_empty());
 }
+
+#[test]
+fn without_a_cache_the_answers_of_one_request_share_its_prompt_and_no_other_request_does() {
+    let limits = EngineLimits {
+        prefix_cache: false,
+        max_running: 1,
+        ..limits()
+    };
+    let bench = bench(limits, Duration::from_millis(20));
+    let ids: Vec<u32> = (1..41).collect();
+    // One after the other, so that the second finds no sequence that runs.
+    let one = submission(&ids, 3);
+    let asked = one.prompt.clone();
+    let mut events = vec![submit(&bench, one)];
+    for _ in 0..2 {
+        let mut more = submission(&ids, 3);
+        more.prompt = asked.clone();
+        events.push(submit(&bench, more));
+    }
+    let stranger = submit(&bench, submission(&ids, 3));
+    for one in events.into_iter().chain([stranger]) {
+        assert_eq!(wait(one).0, expected(&ids, 3));
+    }
+    wait_idle(&bench);
+    assert_eq!(bench.metrics.cached_tokens.get(), 2 * 39);
+    assert_eq!(bench.metrics.prompt_tokens.get(), 2 * 39);
+    assert_eq!(bench.metrics.cache_kept_tokens.get(), 0);
+}
