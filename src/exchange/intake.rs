@@ -98,11 +98,6 @@ impl Intake {
         }
     }
 
-    /// The store that films come into.
-    pub fn store(&self) -> &dyn StudyStore {
-        self.store.as_ref()
-    }
-
     /// Takes a DICOM file; `instance` is the SOPInstanceUID that its sender announced, if any.
     ///
     /// # Errors

@@ -11,7 +11,8 @@ use dicom_core::{DataElement, PrimitiveValue, VR, dicom_value};
 use dicom_dictionary_std::tags;
 use dicom_object::InMemDicomObject;
 use dicom_ul::pdu::{
-    AssociationRQ, PDataValue, PDataValueType, Pdu, PresentationContextProposed, UserVariableItem, write_pdu,
+    AssociationRQ, PDataValue, PDataValueType, Pdu, PresentationContextProposed, UserVariableItem,
+    write_pdu,
 };
 use rand::{Rng, SeedableRng, rngs::SmallRng};
 
@@ -64,7 +65,11 @@ fn film(study: &str, instance: &str, body_part: &str) -> Vec<u8> {
         .media_storage_sop_instance_uid(instance)
         .transfer_syntax("1.2.840.10008.1.2.1");
     let mut file = Vec::new();
-    object.with_meta(meta).unwrap().write_all(&mut file).unwrap();
+    object
+        .with_meta(meta)
+        .unwrap()
+        .write_all(&mut file)
+        .unwrap();
     data_set(&file).to_vec()
 }
 
@@ -84,8 +89,6 @@ fn bench(allowed: &[&str], max_object_bytes: u64) -> Bench {
         timeout: Duration::from_secs(2),
         max_object_bytes,
         max_memory_bytes: 2 * max_object_bytes,
-        #[cfg(feature = "tls")]
-        tls: None,
     };
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let receiver = Receiver::start(listener, options, intake.clone()).unwrap();
@@ -99,7 +102,11 @@ fn bench(allowed: &[&str], max_object_bytes: u64) -> Bench {
 impl Bench {
     fn send(&self, own: &str, peer: &str, uid: &str, data: &[u8]) -> Result<(), String> {
         let address = self.receiver.address().to_string();
-        let instance = Instance { class: CR, uid, data };
+        let instance = Instance {
+            class: CR,
+            uid,
+            data,
+        };
         store(&address, own, peer, &instance)
     }
 }
@@ -107,7 +114,10 @@ impl Bench {
 #[test]
 fn films_come_in_once_and_a_quiet_study_is_complete() {
     let bench = bench(&["MODALITY"], 1 << 20);
-    let (one, hand) = (film("1.2.1", "1.2.1.1", "CHEST"), film("1.2.1", "1.2.1.2", "HAND"));
+    let (one, hand) = (
+        film("1.2.1", "1.2.1.1", "CHEST"),
+        film("1.2.1", "1.2.1.2", "HAND"),
+    );
     bench.send("MODALITY", "XRAY", "1.2.1.1", &one).unwrap();
     bench.send("MODALITY", "XRAY", "1.2.1.1", &one).unwrap();
     bench.send("MODALITY", "XRAY", "1.2.1.2", &hand).unwrap();
@@ -116,9 +126,17 @@ fn films_come_in_once_and_a_quiet_study_is_complete() {
     assert_eq!(bench.intake.counts.again.load(Ordering::Relaxed), 1);
     let id = bench.store.by_uid("1.2.1").unwrap().unwrap();
     let study = bench.store.study(&id).unwrap();
-    assert_eq!((study.films.len(), study.patient.name.as_str()), (2, "张^三"));
+    assert_eq!(
+        (study.films.len(), study.patient.name.as_str()),
+        (2, "张^三")
+    );
     assert_eq!(study.films[0].kept_out, None);
-    assert!(study.films[1].kept_out.as_ref().is_some_and(|reason| reason.contains("HAND")));
+    assert!(
+        study.films[1]
+            .kept_out
+            .as_ref()
+            .is_some_and(|reason| reason.contains("HAND"))
+    );
     assert_eq!(bench.intake.complete(Duration::from_secs(60)).unwrap(), 0);
     assert_eq!(bench.intake.complete(Duration::ZERO).unwrap(), 2);
     assert_eq!(bench.store.study(&id).unwrap().state, StudyState::Complete);
@@ -137,9 +155,13 @@ fn strangers_other_titles_and_other_objects_are_refused() {
     let wrong = bench.send("MODALITY", "XRAY", "1.2.1.7", &one).unwrap_err();
     assert!(wrong.contains("A900"), "{wrong}");
     let large = vec![0; 5000];
-    let wrong = bench.send("MODALITY", "XRAY", "1.2.1.1", &large).unwrap_err();
+    let wrong = bench
+        .send("MODALITY", "XRAY", "1.2.1.1", &large)
+        .unwrap_err();
     assert!(wrong.contains("A700"), "{wrong}");
-    let wrong = bench.send("MODALITY", "XRAY", "1.2.1.1", &one[..40]).unwrap_err();
+    let wrong = bench
+        .send("MODALITY", "XRAY", "1.2.1.1", &one[..40])
+        .unwrap_err();
     assert!(wrong.contains("C000") || wrong.contains("A900"), "{wrong}");
     assert_eq!(bench.store.list(&Query::default()).unwrap().total, 0);
     // What was refused has given its memory back.
@@ -154,7 +176,9 @@ fn a_peer_that_says_nothing_is_let_go_of() {
         .map(|_| TcpStream::connect(bench.receiver.address()).unwrap())
         .collect();
     for socket in &mut silent {
-        socket.set_read_timeout(Some(Duration::from_secs(10))).unwrap();
+        socket
+            .set_read_timeout(Some(Duration::from_secs(10)))
+            .unwrap();
         assert_eq!(socket.read(&mut [0; 1]).unwrap_or(0), 0);
     }
     std::thread::sleep(Duration::from_millis(300));
@@ -233,7 +257,9 @@ fn damaged(seed: u64, count: usize) {
             bytes.truncate(random.random_range(0..bytes.len()));
         }
         let mut socket = TcpStream::connect(bench.receiver.address()).unwrap();
-        socket.set_read_timeout(Some(Duration::from_secs(10))).unwrap();
+        socket
+            .set_read_timeout(Some(Duration::from_secs(10)))
+            .unwrap();
         // It may have closed already.
         let _ = socket.write_all(&bytes);
         let _ = socket.shutdown(Shutdown::Write);

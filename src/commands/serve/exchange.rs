@@ -39,8 +39,8 @@ const PAUSE: Duration = Duration::from_millis(500);
 #[derive(Debug, Args)]
 #[command(next_help_heading = "Studies in, reports out")]
 pub struct ExchangeArgs {
-    /// Take films by DICOM's C-STORE (and C-ECHO) under this title at this port of --host; 0 selects a free port. With
-    /// --tls-cert they come over TLS.
+    /// Take films by DICOM's C-STORE (and C-ECHO) under this title at this port of --host; 0 selects a free port.
+    /// They come unencrypted, with --tls-cert as well: in a network that is not trusted, put a TLS tunnel before it.
     #[arg(long, value_name = "AET:PORT")]
     pub dicom: Option<String>,
     /// Title that may send films; can be given several times. Without it any may.
@@ -345,16 +345,14 @@ impl Exchange {
                 timeout: Duration::from_secs(flags.dicom_timeout_seconds),
                 max_object_bytes: bytes,
                 max_memory_bytes: 2 * bytes,
-                #[cfg(feature = "tls")]
-                tls: match (&args.tls_cert, &args.tls_key) {
-                    (Some(certificate), Some(key)) => {
-                        Some(crate::serve::tls::dicom_config(certificate, key)?)
-                    }
-                    _ => None,
-                },
             };
             let started = Receiver::start(listener, options, intake.clone())?;
             eprintln!("DICOM: `{title}` at {}", started.address());
+            if args.tls_cert.is_some() {
+                eprintln!(
+                    "warning: --tls-cert is for HTTP alone; films come over DICOM unencrypted"
+                );
+            }
             if !args.host.is_loopback() && flags.dicom_allow.is_empty() {
                 eprintln!(
                     "warning: everybody who reaches {} can send films; --dicom-allow names those who may",
