@@ -68,9 +68,6 @@ pub struct ReceiveOptions {
     pub max_object_bytes: u64,
     /// Most bytes of objects that are on their way.
     pub max_memory_bytes: u64,
-    /// TLS, if it is on.
-    #[cfg(feature = "tls")]
-    pub tls: Option<Arc<tokio_rustls::rustls::ServerConfig>>,
 }
 
 /// Lets those in that call us by our title, and are allowed.
@@ -305,15 +302,6 @@ fn associate(shared: &Shared, id: u64, socket: TcpStream) {
     }
     for syntax in transfer_syntaxes() {
         server = server.with_transfer_syntax(*syntax);
-    }
-    #[cfg(feature = "tls")]
-    if let Some(config) = &options.tls {
-        let server = server.tls_config(config.clone());
-        match server.establish_tls(socket) {
-            Ok(association) => converse(shared, id, association),
-            Err(_) => log::warn!("a DICOM association over TLS did not come about"),
-        }
-        return;
     }
     match server.establish(socket) {
         Ok(association) => converse(shared, id, association),

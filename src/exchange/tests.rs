@@ -89,8 +89,6 @@ fn bench(allowed: &[&str], max_object_bytes: u64) -> Bench {
         timeout: Duration::from_secs(2),
         max_object_bytes,
         max_memory_bytes: 2 * max_object_bytes,
-        #[cfg(feature = "tls")]
-        tls: None,
     };
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let receiver = Receiver::start(listener, options, intake.clone()).unwrap();

@@ -26,20 +26,6 @@ pub struct CertificateError {
 /// # Errors
 /// [`CertificateError`] names the file.
 pub fn acceptor(certificate: &Path, key: &Path) -> Result<TlsAcceptor, CertificateError> {
-    let mut config = config(certificate, key)?;
-    config.alpn_protocols = vec![b"http/1.1".to_vec()];
-    Ok(TlsAcceptor::from(Arc::new(config)))
-}
-
-/// The same certificate for connections of DICOM.
-///
-/// # Errors
-/// [`CertificateError`] names the file.
-pub fn dicom_config(certificate: &Path, key: &Path) -> Result<Arc<ServerConfig>, CertificateError> {
-    config(certificate, key).map(Arc::new)
-}
-
-fn config(certificate: &Path, key: &Path) -> Result<ServerConfig, CertificateError> {
     let wrong = |path: &Path, reason: String| CertificateError {
         file: path.display().to_string(),
         reason,
@@ -52,12 +38,14 @@ fn config(certificate: &Path, key: &Path) -> Result<ServerConfig, CertificateErr
     }
     let private =
         PrivateKeyDer::from_pem_file(key).map_err(|error| wrong(key, error.to_string()))?;
-    ServerConfig::builder_with_provider(Arc::new(ring::default_provider()))
+    let mut config = ServerConfig::builder_with_provider(Arc::new(ring::default_provider()))
         .with_safe_default_protocol_versions()
         .and_then(|builder| {
             builder
                 .with_no_client_auth()
                 .with_single_cert(chain, private)
         })
-        .map_err(|error| wrong(key, error.to_string()))
+        .map_err(|error| wrong(key, error.to_string()))?;
+    config.alpn_protocols = vec![b"http/1.1".to_vec()];
+    Ok(TlsAcceptor::from(Arc::new(config)))
 }

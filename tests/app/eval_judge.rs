@@ -401,7 +401,9 @@ fn a_slow_server_that_limits_the_rate_and_knows_other_parameters_is_waited_for()
     );
     let told = json["warnings"].to_string();
     assert!(told.contains("reasoning did not come to an end"), "{told}");
-    // A server that never answers ends the run after the time that is given.
+    // A server that never answers ends the run after the time that is given; no answer is kept from before.
+    let folder = tempdir().unwrap();
+    predictions(folder.path());
     let silent = Judge::new(|_, _| {
         thread::sleep(Duration::from_secs(5));
         (200, String::new())

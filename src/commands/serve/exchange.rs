@@ -2,7 +2,7 @@
 
 use std::{
     net::{IpAddr, SocketAddr, TcpListener},
-    path::{Path, PathBuf},
+    path::PathBuf,
     sync::{
         Arc,
         atomic::{AtomicBool, Ordering},
@@ -38,8 +38,8 @@ const PAUSE: Duration = Duration::from_millis(500);
 #[derive(Debug, Args)]
 #[command(next_help_heading = "Studies in, reports out")]
 pub struct ExchangeArgs {
-    /// Take films by DICOM's C-STORE (and C-ECHO) under this title at this port of --host; 0 selects a free port. With
-    /// --tls-cert they come over TLS.
+    /// Take films by DICOM's C-STORE (and C-ECHO) under this title at this port of --host; 0 selects a free port.
+    /// They come unencrypted, with --tls-cert as well: in a network that is not trusted, put a TLS tunnel before it.
     #[arg(long, value_name = "AET:PORT")]
     pub dicom: Option<String>,
     /// Title that may send films; can be given several times. Without it any may.
@@ -313,14 +313,14 @@ fn repeat(
 }
 
 impl Exchange {
-    /// Starts what the flags ask for, with DICOM at `host`, over TLS if there are a certificate and a key.
+    /// Starts what the flags ask for, with DICOM at `host`; `https`: whether the rest of the server has TLS.
     ///
     /// # Errors
     /// A port or folder that cannot be used.
     pub(super) fn start(
         flags: &ExchangeArgs,
         host: IpAddr,
-        tls: Option<(&Path, &Path)>,
+        https: bool,
         studies: &Studies,
         limits: &DecodeLimits,
     ) -> Result<Self> {
@@ -345,13 +345,14 @@ impl Exchange {
                 timeout: Duration::from_secs(flags.dicom_timeout_seconds),
                 max_object_bytes: bytes,
                 max_memory_bytes: 2 * bytes,
-                #[cfg(feature = "tls")]
-                tls: tls
-                    .map(|(certificate, key)| crate::serve::tls::dicom_config(certificate, key))
-                    .transpose()?,
             };
             let started = Receiver::start(listener, options, intake.clone())?;
             eprintln!("DICOM: `{title}` at {}", started.address());
+            if https {
+                eprintln!(
+                    "warning: --tls-cert is for HTTP alone; films come over DICOM unencrypted"
+                );
+            }
             if !host.is_loopback() && flags.dicom_allow.is_empty() {
                 eprintln!(
                     "warning: everybody who reaches {} can send films; --dicom-allow names those who may",

@@ -143,10 +143,7 @@ impl Serve {
             Some(studies) => Some(Exchange::start(
                 &self.args.exchange,
                 self.args.host,
-                self.args
-                    .tls_cert
-                    .as_deref()
-                    .zip(self.args.tls_key.as_deref()),
+                self.args.tls_cert.is_some(),
                 studies,
                 &app.config.decode_limits(),
             )?),
