@@ -87,7 +87,7 @@ impl TableSyntax {
             opens: compile("由|代表|提示|表明|继发|因|伴|致|为|有|与|但")?,
             rest: compile("[余其新]")?,
             abbreviation: None,
-            place: compile("^(?:以|位于|主要|左侧|右侧|双侧)")?,
+            place: compile("^(?:以|位于|主要|[左右双两][侧上中下肺])")?,
             after: 16,
             question: 6,
             degree: (12, 8),
