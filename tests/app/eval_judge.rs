@@ -409,8 +409,6 @@ fn a_slow_server_that_limits_the_rate_and_knows_other_parameters_is_waited_for()
         (200, String::new())
     });
     let url = silent.url();
-    let folder = tempdir().unwrap();
-    predictions(folder.path());
     let args = ["--judge", &url, "--judge-timeout-seconds", "1"];
     let (code, _, stderr, _) = eval(folder.path(), &args);
     assert_eq!(code, 1, "{stderr}");
