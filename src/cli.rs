@@ -121,7 +121,7 @@ pub enum Command {
     ///
     /// Without arguments, the tiny model that comes with the repository at http://127.0.0.1:7860.
     #[command(after_help = section(examples::SERVE, serve::EXIT_CODES))]
-    Serve(serve::ServeArgs),
+    Serve(Box<serve::ServeArgs>),
     /// Look after a store of studies: accounts, verification, backup, deletion, audit log.
     #[command(after_help = section(examples::STORE, ""))]
     Store(store::StoreCommand),

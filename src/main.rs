@@ -83,7 +83,7 @@ fn main() -> ExitCode {
         Command::Preview(args) => preview::run(&args),
         Command::Phantoms(args) => phantoms::run(&args),
         Command::InitTiny(args) => init_tiny::run(&args),
-        Command::Serve(args) => serve::run(args),
+        Command::Serve(args) => serve::run(*args),
         Command::Doctor(args) => doctor::run(args),
         Command::Drafts(args) => drafts::run(args),
         Command::Bench(command) => bench::run(command),

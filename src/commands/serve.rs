@@ -431,7 +431,7 @@ mod tests {
             defaults: generation_config(&args.generation).unwrap(),
             drafts: EngineDrafts::default(),
             api_keys: Vec::new(),
-            args,
+            args: *args,
         };
         let ended =
             std::thread::spawn(move || serve.answer(Broken, parts, None, FindingFiles::default()));

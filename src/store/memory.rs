@@ -224,7 +224,7 @@ mod tests {
         assert_eq!(store.by_uid("1.3").unwrap(), None);
         assert_eq!(store.film(&first.study, &first.film).unwrap(), [7; 10]);
         let waiting = store.waiting(StudyState::Received, now()).unwrap();
-        assert_eq!(waiting, [first.study.clone()]);
+        assert_eq!(waiting, std::slice::from_ref(&first.study));
         store.delete(&first.study, &server).unwrap();
         store.receive(arrival("1.3", "1.3.1", 30), &server).unwrap();
     }

@@ -2,8 +2,8 @@
 
 use std::{
     io::{BufRead, BufReader, Read, Write},
-    process::{Child, Command, Stdio},
-    sync::mpsc::{Receiver, channel},
+    process::{Child, Command, ExitStatus, Stdio},
+    sync::mpsc::{Receiver, RecvTimeoutError, channel},
     thread,
     time::{Duration, Instant},
 };
@@ -85,6 +85,17 @@ impl Program {
     }
 }
 
+/// How the program ended, if it does within seconds.
+fn ended(child: &mut Child) -> Option<ExitStatus> {
+    let until = Instant::now() + Duration::from_secs(5);
+    loop {
+        match child.try_wait() {
+            Ok(None) if Instant::now() < until => thread::sleep(Duration::from_millis(10)),
+            other => return other.ok().flatten(),
+        }
+    }
+}
+
 impl Reward for Program {
     fn values(&mut self, answers: &[Answered]) -> Result<Vec<f64>, String> {
         let mut running = match self.running.take() {
@@ -106,18 +117,21 @@ impl Reward for Program {
         let mut values = Vec::with_capacity(answers.len());
         while values.len() < answers.len() {
             let left = until.saturating_duration_since(Instant::now());
-            let line = running.lines.recv_timeout(left).map_err(|_| {
-                let state = running.child.try_wait().ok().flatten();
-                match state {
-                    Some(status) => format!(
-                        "the program ended ({status}) after {} of {} answers",
-                        values.len(),
-                        answers.len()
-                    ),
-                    None => format!(
-                        "no line for answer {} of {} in {} seconds; does the program flush its output?",
-                        values.len() + 1,
-                        answers.len(),
+            let line = running.lines.recv_timeout(left).map_err(|cause| {
+                let (had, all) = (values.len(), answers.len());
+                match cause {
+                    // A program that ends closes its output a little earlier.
+                    RecvTimeoutError::Disconnected => match ended(&mut running.child) {
+                        Some(status) => {
+                            format!("the program ended ({status}) after {had} of {all} answers")
+                        }
+                        None => {
+                            format!("the program closed its output after {had} of {all} answers")
+                        }
+                    },
+                    RecvTimeoutError::Timeout => format!(
+                        "no line for answer {} of {all} in {} seconds; does the program flush its output?",
+                        had + 1,
                         self.patience.as_secs_f64()
                     ),
                 }
