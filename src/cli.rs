@@ -38,7 +38,7 @@ pub enum Command {
     /// what a reader should know about the image), with --findings also `calibrated`, `findings_rules` and `findings`
     /// (class: `probability`, `logit`, `decision`, `in_report`, `conflict`), `prompt_tokens`, `completion_tokens`, `seconds`, `error`.
     #[command(after_help = section(examples::INFER, ""))]
-    Infer(infer::InferArgs),
+    Infer(Box<infer::InferArgs>),
     /// Fine-tune a model.
     ///
     /// Without arguments, the tiny model on the sample data set, both from the repository: a minute or two on

@@ -64,7 +64,7 @@ fn main() -> ExitCode {
         log_lines::init(log::LevelFilter::Warn);
     }
     let result = panic::catch_unwind(|| match cli.command {
-        Command::Infer(args) => infer::run(args),
+        Command::Infer(args) => infer::run(*args),
         Command::Train(args) => train::run(args),
         Command::Pull(args) => pull::run(args),
         Command::Store(command) => store::run(&command),
