@@ -1,7 +1,7 @@
 //! The flags of `serve` by which studies come in and reports go out, and the threads that do it.
 
 use std::{
-    net::{SocketAddr, TcpListener},
+    net::{IpAddr, SocketAddr, TcpListener},
     path::PathBuf,
     sync::{
         Arc,
@@ -14,7 +14,6 @@ use std::{
 use anyhow::{Context, Result};
 use clap::Args;
 
-use super::args::ServeArgs;
 use crate::{
     commands::usage::UsageError,
     exchange::{
@@ -319,11 +318,12 @@ impl Exchange {
     /// # Errors
     /// A port or folder that cannot be used.
     pub(super) fn start(
-        args: &ServeArgs,
+        flags: &ExchangeArgs,
+        host: IpAddr,
+        has_certificate: bool,
         studies: &Studies,
         limits: &DecodeLimits,
     ) -> Result<Self> {
-        let flags = &args.exchange;
         let stop = Arc::new(AtomicBool::new(false));
         let bytes = flags.max_film_mib << 20;
         let limits = DecodeLimits {
@@ -334,7 +334,7 @@ impl Exchange {
         let mut threads = Vec::new();
         let mut receiver = None;
         if let Some((title, port)) = flags.listening()? {
-            let address = SocketAddr::new(args.host, port);
+            let address = SocketAddr::new(host, port);
             let listener = TcpListener::bind(address).with_context(|| {
                 format!("--dicom cannot listen at {address}; is the port in use?")
             })?;
@@ -348,12 +348,12 @@ impl Exchange {
             };
             let started = Receiver::start(listener, options, intake.clone())?;
             eprintln!("DICOM: `{title}` at {}", started.address());
-            if args.tls_cert.is_some() {
+            if has_certificate {
                 eprintln!(
                     "warning: --tls-cert is for HTTP alone; films come over DICOM unencrypted"
                 );
             }
-            if !args.host.is_loopback() && flags.dicom_allow.is_empty() {
+            if !host.is_loopback() && flags.dicom_allow.is_empty() {
                 eprintln!(
                     "warning: everybody who reaches {} can send films; --dicom-allow names those who may",
                     started.address()

@@ -141,7 +141,9 @@ impl Serve {
         }
         let exchange = match app.kept_studies() {
             Some(studies) => Some(Exchange::start(
-                &self.args,
+                &self.args.exchange,
+                self.args.host,
+                self.args.tls_cert.is_some(),
                 studies,
                 &app.config.decode_limits(),
             )?),
