@@ -266,7 +266,7 @@ mod tests {
             "{one:?}"
         );
         // Four rows: AUC and coverage, of the class and together.
-        assert!((one.auc.p - 1.0 / 201.0).abs() < 1e-12, "{one:?}");
+        assert!((one.auc.p - 1.0 / 10_001.0).abs() < 1e-12, "{one:?}");
         assert!(one.auc.p_adjusted >= 4.0 * one.auc.p - 1e-12 && one.auc.p_adjusted < 0.05);
         assert_eq!(better.cases, 60);
         assert_eq!(
