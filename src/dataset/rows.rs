@@ -301,7 +301,7 @@ fn content(
         }
         Err(_) if first.ends_with("},") && is_object(&first[..first.len() - 1]) => Err((
             number,
-            "not JSON: a comma is behind the row; hint: `sed -i 's/,[[:space:]]*$//' FILE` takes such commas away"
+            "not JSON: a comma follows the row; hint: `sed -i 's/,[[:space:]]*$//' FILE` takes such commas away"
                 .to_owned(),
         )),
         Err(reason) => Err((number, format!("not JSON: {reason}"))),

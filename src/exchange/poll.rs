@@ -1,4 +1,4 @@
-//! A DICOMweb service that is asked for new films again and again.
+//! Polls a DICOMweb service for new films.
 
 use std::collections::HashSet;
 

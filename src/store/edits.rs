@@ -67,7 +67,7 @@ impl Edits {
     }
 }
 
-/// Colours that are told apart on white.
+/// Colours that differ clearly on white.
 const COLORS: [&str; 8] = [
     "#0b5a75", "#b3541e", "#2f7d32", "#7b3fa0", "#a3201c", "#8a6d00", "#3a5fcd", "#5f6a72",
 ];

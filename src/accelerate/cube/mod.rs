@@ -39,6 +39,8 @@ mod sums;
 #[cfg(all(test, feature = "wgpu"))]
 mod tests;
 mod tile_attention;
+#[cfg(all(test, feature = "wgpu"))]
+mod tile_attention_tests;
 mod tile_config;
 mod tile_matmul;
 mod tile_stage;

@@ -164,7 +164,7 @@ pub struct ServeArgs {
         requires = "trusted_proxy"
     )]
     pub user_header: Option<String>,
-    /// Question that drafts of reports are asked for with [default: 通过这张胸部X光影像可以诊断出什么？].
+    /// Prompt of the drafts of reports [default: 通过这张胸部X光影像可以诊断出什么？].
     #[arg(long, value_name = "TEXT", requires = "store")]
     pub draft_prompt: Option<String>,
     /// Write drafts without probabilities of findings; the worklist has no order of urgency then.

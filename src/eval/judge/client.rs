@@ -235,7 +235,7 @@ impl Endpoint {
     }
 }
 
-/// The text of a choice: an answer, or what stands in its place, though that cannot be read as a judgement.
+/// The text of a choice: an answer, or its refusal or reasoning, though that cannot be read as a judgement.
 fn content_of(choice: &Value) -> String {
     let message = &choice["message"];
     match message["content"]

@@ -71,7 +71,7 @@ impl<'a> Outgone<'a> {
         })
     }
 
-    /// Identifier of the report in a form; the same whenever it is asked for.
+    /// Identifier of the report in a form; the same at every call.
     pub fn uid(&self, kind: &str) -> String {
         let (version, at) = (
             self.version.to_string(),

@@ -32,7 +32,7 @@ use crate::store::{
     Actor, Draft, StoreError, Study, StudyState, StudyStore, disk::Scope, films_to_read, now,
 };
 
-/// Drafts that are asked for at the same time.
+/// Drafts that are generated at the same time.
 const AT_ONCE: usize = 4;
 
 /// Time between two looks for work.
@@ -289,8 +289,8 @@ pub(super) async fn ask_more(
     headers: HeaderMap,
     body: Body,
 ) -> Result<Json<Value>, ApiError> {
-    identity.expect(Scope::Read)?;
-    identity.expect(Scope::Ask)?;
+    identity.require(Scope::Read)?;
+    identity.require(Scope::Ask)?;
     let mut fields = json_body(&app, peer.client, &headers, body).await?;
     let found = fields.text("question")?;
     let question = fields.needed("question", found)?.trim().to_owned();

@@ -154,7 +154,7 @@ pub(super) async fn docx(
     Extension(identity): Extension<Identity>,
     Path(id): Path<String>,
 ) -> Result<Response, ApiError> {
-    identity.expect(Scope::Read)?;
+    identity.require(Scope::Read)?;
     let actor = identity.actor(None);
     let study = with_store(&app, move |store| {
         store.note("export", Some(&id), &actor)?;
@@ -221,7 +221,7 @@ pub(super) async fn csv(
     headers: HeaderMap,
     body: Body,
 ) -> Result<Response, ApiError> {
-    identity.expect(Scope::Read)?;
+    identity.require(Scope::Read)?;
     let mut query = query(
         json_body(&app, peer.client, &headers, body).await?,
         MAX_ROWS,

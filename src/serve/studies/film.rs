@@ -89,7 +89,7 @@ pub(super) async fn film(
     Extension(identity): Extension<Identity>,
     Path((study, film)): Path<(String, String)>,
 ) -> Result<Response, ApiError> {
-    identity.expect(Scope::Read)?;
+    identity.require(Scope::Read)?;
     let bytes = with_store(&app, move |store| store.film(&study, &film)).await?;
     let images = app.parts.images.clone();
     let cost = images

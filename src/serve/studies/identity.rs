@@ -76,7 +76,7 @@ impl Identity {
     ///
     /// # Errors
     /// [`ApiError`] of status 403 that names role and scope.
-    pub(in crate::serve) fn expect(&self, scope: Scope) -> Result<(), ApiError> {
+    pub(in crate::serve) fn require(&self, scope: Scope) -> Result<(), ApiError> {
         if self.scopes.contains(&scope) {
             return Ok(());
         }
@@ -171,7 +171,7 @@ pub(in crate::serve) async fn identify(
         }
     };
     if let Some(scope) = needed(request.method(), request.uri().path()) {
-        identity.expect(scope)?;
+        identity.require(scope)?;
     }
     // Where there are several keys or accounts, each is somebody; a single key is everybody's.
     let who = match (&identity.name, request.headers().get(header::AUTHORIZATION)) {
@@ -222,8 +222,8 @@ mod tests {
     #[test]
     fn a_refusal_names_role_and_scope() {
         let program = Identity::program();
-        assert!(program.expect(Scope::Ask).is_ok());
-        let error = program.expect(Scope::Read).unwrap_err();
+        assert!(program.require(Scope::Ask).is_ok());
+        let error = program.require(Scope::Read).unwrap_err();
         assert_eq!(error.status, StatusCode::FORBIDDEN);
         assert!(error.message.contains("`api`") && error.message.contains("`read`"));
     }

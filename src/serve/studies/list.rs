@@ -123,7 +123,7 @@ pub(super) async fn worklist(
     headers: HeaderMap,
     body: Body,
 ) -> Result<Json<Value>, ApiError> {
-    identity.expect(Scope::Read)?;
+    identity.require(Scope::Read)?;
     let query = query(
         json_body(&app, peer.client, &headers, body).await?,
         MAX_LINES,
@@ -149,7 +149,7 @@ pub(super) async fn study(
     Extension(identity): Extension<Identity>,
     Path(id): Path<String>,
 ) -> Result<Json<Value>, ApiError> {
-    identity.expect(Scope::Read)?;
+    identity.require(Scope::Read)?;
     let actor = identity.actor(None);
     let (study, priors) = with_store(&app, move |store| {
         let study = store.study(&id)?;

@@ -40,7 +40,7 @@ pub struct Studies {
     pub accounts: Option<Arc<DiskStore>>,
     /// Header in which a trusted proxy names an account.
     pub user_header: Option<HeaderName>,
-    /// The question that drafts are asked for with.
+    /// The prompt of drafts.
     pub prompt: String,
     /// Asks for probabilities of findings with each draft.
     pub findings: bool,

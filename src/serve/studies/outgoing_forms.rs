@@ -15,7 +15,7 @@ use crate::store::{Study, disk::Scope};
 
 /// The study, for an export that the audit log notes.
 async fn exported(app: &App, identity: &Identity, id: String) -> Result<Study, ApiError> {
-    identity.expect(Scope::Read)?;
+    identity.require(Scope::Read)?;
     let actor = identity.actor(None);
     with_store(app, move |store| {
         let study = store.study(&id)?;

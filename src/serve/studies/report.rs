@@ -61,7 +61,7 @@ pub(super) async fn edit(
     headers: HeaderMap,
     body: Body,
 ) -> Result<Json<Value>, ApiError> {
-    identity.expect(Scope::Edit)?;
+    identity.require(Scope::Edit)?;
     let mut fields = json_body(&app, peer.client, &headers, body).await?;
     let (text, expected) = (report_text(&mut fields)?, revision(&mut fields)?);
     fields.finish(&[], None)?;
@@ -91,7 +91,7 @@ pub(super) async fn sign(
     headers: HeaderMap,
     body: Body,
 ) -> Result<Json<Value>, ApiError> {
-    identity.expect(Scope::Sign)?;
+    identity.require(Scope::Sign)?;
     let mut fields = json_body(&app, peer.client, &headers, body).await?;
     let (text, expected) = (report_text(&mut fields)?, revision(&mut fields)?);
     let consent = fields.flag("consent")?;
@@ -153,7 +153,7 @@ pub(super) async fn draft_again(
     Extension(identity): Extension<Identity>,
     Path(id): Path<String>,
 ) -> Result<Json<Value>, ApiError> {
-    identity.expect(Scope::Edit)?;
+    identity.require(Scope::Edit)?;
     let actor = identity.actor(None);
     let study = with_store(&app, move |store| {
         store.change(&id, "complete", &actor, &mut |study| {
@@ -177,7 +177,7 @@ pub(super) async fn delete(
     Extension(identity): Extension<Identity>,
     Path(id): Path<String>,
 ) -> Result<Json<Value>, ApiError> {
-    identity.expect(Scope::Admin)?;
+    identity.require(Scope::Admin)?;
     let actor = identity.actor(None);
     let object = json!({"object": "study", "id": id, "deleted": true});
     with_store(&app, move |store| store.delete(&id, &actor)).await?;

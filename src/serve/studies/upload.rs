@@ -96,7 +96,7 @@ pub(super) async fn receive(
     headers: HeaderMap,
     body: Body,
 ) -> Result<(StatusCode, Json<Value>), ApiError> {
-    identity.expect(Scope::Upload)?;
+    identity.require(Scope::Upload)?;
     expect_json(&headers)?;
     // The memory of the body is held until its films are kept.
     let (mut fields, memory) = read_json(&app, peer.client, body).await?;
